@@ -1,0 +1,1 @@
+"""The `cwdm` command, one file per subcommand; installed as `cwdm.cli`."""

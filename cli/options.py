@@ -1,0 +1,45 @@
+"""Options that several commands share, as decorators. Torch is not asked: the library decides."""
+
+import re
+
+import click
+
+
+def _device(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise click.BadParameter(
+            f"{value!r} is not a device, expected auto, cpu, cuda or cuda:N", ctx, param
+        )
+    return value
+
+
+device = click.option(
+    "--device",
+    callback=_device,
+    metavar="[auto|cpu|cuda[:N]]",
+    default="auto",
+    show_default=True,
+    help="Where the network runs; auto takes a GPU if there is one.",
+)
+
+precision = click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="Arithmetic of the network; auto takes bf16 where the hardware is fast at it.",
+)
+
+seed = click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Of the random numbers; the same seed gives the same result.",
+)
+
+overwrite = click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace files that an earlier run wrote.",
+)

@@ -1,0 +1,96 @@
+"""`cwdm synthesize`: one case in, the modalities it lacks out."""
+
+from pathlib import Path
+
+import click
+
+from . import options
+
+
+@click.command()
+@click.option(
+    "--input",
+    "folder",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder of the case: <id>-t1n.nii.gz, <id>-t1c.nii.gz, ...",
+)
+@click.option(
+    "--missing",
+    multiple=True,
+    metavar="MODALITY",
+    help="What to synthesize: t1n, t1c, t2w or t2f; repeatable. [default: what the case lacks]",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("synthetic"),
+    show_default=True,
+    help="Folder for <id>-<modality>.nii.gz and its .json.",
+)
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="A model file (.safetensors). [default: the one that ships]",
+)
+@click.option("--steps", type=click.IntRange(min=1), help="Denoising steps. [default: the model's]")
+@click.option("--sampler", help="ddpm or ddim. [default: the model's]")
+@options.seed
+@options.device
+@options.precision
+@options.overwrite
+@click.option("--preview", is_flag=True, help="Also draw <id>-<modality>.png.")
+def synthesize(
+    folder: Path,
+    missing: tuple[str, ...],
+    output: Path,
+    model: Path | None,
+    steps: int | None,
+    sampler: str | None,
+    seed: int,
+    device: str,
+    precision: str,
+    overwrite: bool,
+    preview: bool,
+) -> None:
+    """Synthesize the missing modality of a case.
+
+    The image is written on the case's own grid and marked as synthetic; a JSON file beside it says
+    how it was made. Nothing acquired is ever overwritten. Research use only.
+
+    \b
+    cwdm synthesize --input case/ --missing t2f --output synthetic/ --preview
+    """
+    from tqdm import tqdm
+
+    from cwdm.case import read_case
+    from cwdm.errors import InputError
+    from cwdm.modality import parse_modality
+    from cwdm.synthesis import Synthesizer
+
+    case = read_case(folder)
+    targets = [parse_modality(name) for name in missing] or list(case.missing)
+    if not targets:
+        raise InputError(f"{folder}: no modality is missing, expected --missing MODALITY")
+    acquired = case.without(*targets)
+    for target in dict.fromkeys(targets):
+        synthesizer = Synthesizer.load(target, model, device=device, precision=precision)  # type: ignore[arg-type]
+        with tqdm(desc=f"{case.id} {target}", unit="step") as bar:
+
+            def show(done: int, total: int, bar: tqdm = bar) -> None:  # type: ignore[type-arg]
+                bar.total = total
+                bar.update(done - bar.n)
+
+            synthesis = synthesizer(
+                acquired, seed=seed, steps=steps, sampler=sampler, progress=show
+            )
+        path = synthesis.write(output, overwrite=overwrite)
+        click.echo(path)
+        for warning in synthesis.provenance.warnings:
+            click.echo(f"note: {warning}", err=True)
+        if preview:
+            from cwdm.montage import draw_synthesis
+
+            picture = path.with_name(f"{case.id}-{target}.png")
+            draw_synthesis(synthesis, acquired, picture, overwrite=overwrite)
+            click.echo(picture)

@@ -1,0 +1,1 @@
+"""Complete presets, one TOML file each; installed as `cwdm.configs`."""

@@ -1,0 +1,31 @@
+"""The images a network is given beside the noisy one: which, in what order, and what if one is gone.
+
+cWDM (arXiv 2411.17203, section 2.2) concatenates the coefficients of the available modalities to the
+noisy coefficients of the target, in the order of ``Modality`` with the target left out.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from cwdm.coefficients import encode
+from cwdm.modality import Modality, others
+
+__all__ = ["condition", "mean_of_conditions"]
+
+
+def condition(images: Mapping[Modality, Tensor], target: Modality) -> Tensor:
+    """Images (B, 1, X, Y, Z) of some modalities -> coefficients (B, 24, X/2, Y/2, Z/2).
+
+    A missing one is replaced by the mean of those that are there. A network trained with
+    ``drop_conditions`` knows this case; for others all three have to be there.
+    """
+    available = {m: images[m] for m in others(target) if m in images}
+    substitute = torch.stack(list(available.values())).mean(dim=0)
+    return encode(torch.cat([available.get(m, substitute) for m in others(target)], dim=1))
+
+
+def mean_of_conditions(cond: Tensor) -> Tensor:
+    """Coefficients of the mean conditioning image: (B, 8*C, X, Y, Z) -> (B, 8, X, Y, Z)."""
+    return cond.unflatten(1, (-1, 8)).mean(dim=1)

@@ -1,0 +1,147 @@
+"""Training images: complete cases, augmented in scanner units, normalized, cut into patches.
+
+The data is a sequence of blocks. A block depends on (seed, number of the block) only, so a resumed
+run sees what an uninterrupted one would have seen.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import torchio as tio
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cwdm.case import Case
+from cwdm.config import Augmentation, Config
+from cwdm.errors import InputError
+from cwdm.intensity import NORMALIZATIONS, Scale
+from cwdm.modality import Modality
+from cwdm.preparation import Box
+from cwdm.volume import brain_mask, read_volumes
+
+__all__ = ["TrainingBlocks", "augmentation"]
+
+_log = logging.getLogger(__name__)
+_MASK = "mask"
+
+
+def augmentation(settings: Augmentation, target: Modality) -> tio.Transform:
+    """TorchIO transforms of a subject with one image per modality and a brain mask.
+
+    What changes the geometry moves everything; what changes intensities leaves the target alone,
+    because the network could not know about it.
+    """
+    transforms: list[tio.Transform] = []
+    if settings.flip:
+        transforms.append(tio.RandomFlip(axes=(0,)))
+    if settings.affine:
+        transforms.append(
+            tio.RandomAffine(scales=0.15, degrees=15, default_pad_value=0, p=settings.affine)
+        )
+    for modality in Modality:
+        if modality == target:
+            continue
+        if settings.bias_field:
+            transforms.append(
+                tio.RandomBiasField(
+                    coefficients=0.3, order=2, p=settings.bias_field, include=[modality.value]
+                )
+            )
+        if settings.contrast:
+            transforms.append(tio.RandomGamma(p=settings.contrast, include=[modality.value]))
+    return tio.Compose(transforms)
+
+
+class TrainingBlocks(Dataset[Tensor]):
+    """Block n is a tensor (patches, 4, X, Y, Z) of normalized images in Modality order.
+
+    All cases are kept in memory, cut to the brain (about 35 MB each).
+
+    Raises:
+        InputError: no complete case, or one that cannot be read.
+    """
+
+    def __init__(self, cases: Sequence[Case], config: Config, *, multiple: int):
+        self.config = config
+        self.multiple = multiple
+        self.normalization = NORMALIZATIONS[config.images.normalization]
+        complete = [case for case in cases if not case.missing]
+        for case in cases:
+            if case.missing:
+                _log.warning("%s: not used, has no %s", case.id, ", ".join(case.missing))
+        if not complete:
+            raise InputError("training needs cases with all four modalities, found none")
+        self.subjects: list[tio.Subject] = []
+        self.scales: list[Mapping[Modality, Scale]] = []
+        for case in complete:
+            volumes = read_volumes(case, Modality)
+            mask = np.logical_and.reduce([brain_mask(v) for v in volumes.values()])
+            box = Box.around(mask, multiple)
+            images: dict[str, tio.Image] = {
+                modality.value: tio.ScalarImage(tensor=torch.from_numpy(box.crop(v.voxels))[None])
+                for modality, v in volumes.items()
+            }
+            images[_MASK] = tio.LabelMap(tensor=torch.from_numpy(box.crop(mask))[None].byte())
+            self.subjects.append(tio.Subject(**images))
+            self.scales.append(
+                {m: self.normalization.measure(v.voxels, mask) for m, v in volumes.items()}
+            )
+        self.transform = augmentation(config.training.augmentation, config.target)
+
+    @property
+    def patches_per_block(self) -> int:
+        """Patches in every block."""
+        return self.config.training.cases_per_block * self.config.training.patches_per_case
+
+    def __getitem__(self, block: int) -> Tensor:
+        training = self.config.training
+        rng = np.random.default_rng([training.seed, block])
+        patches = []
+        for _ in range(training.cases_per_block):
+            subject = self.subjects[rng.integers(len(self.subjects))]
+            images, mask = self._augmented(subject, rng)
+            for _ in range(training.patches_per_case):
+                patches.append(_cut(images, mask, training.patch, self.multiple, rng))
+        order = rng.permutation(len(patches))
+        return torch.stack([patches[i] for i in order])
+
+    def _augmented(self, subject: tio.Subject, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Normalized images (4, X, Y, Z) and the brain mask (X, Y, Z) of a changed subject."""
+        with torch.random.fork_rng(devices=[]):  # TorchIO draws from torch's global generator
+            torch.manual_seed(int(rng.integers(2**63)))
+            changed = self.transform(subject)
+        mask = changed[_MASK].data[0].numpy() > 0
+        images = []
+        for modality in Modality:
+            voxels = changed[modality.value].data[0].numpy()
+            scale = self.normalization.measure(voxels, mask)
+            if modality != self.config.target:
+                error = rng.normal(size=2) * 0.3 * self.config.training.augmentation.contrast
+                scale = Scale(
+                    scale.offset + error[0] * scale.scale, scale.scale * float(np.exp(error[1]))
+                )
+            images.append(torch.from_numpy(self.normalization.normalize(voxels, mask, scale)))
+        return torch.stack(images).float(), torch.from_numpy(mask)
+
+
+def _cut(
+    images: Tensor,
+    mask: Tensor,
+    patch: tuple[int, int, int] | None,
+    multiple: int,
+    rng: np.random.Generator,
+) -> Tensor:
+    """A patch (4, *patch) whose centre lies in the brain where that is possible; or everything."""
+    if patch is None:
+        return images
+    brain = mask.nonzero()
+    centre = brain[rng.integers(len(brain))].tolist()
+    start = [
+        int(np.clip(c - p // 2, 0, max(n - p, 0)))
+        for c, p, n in zip(centre, patch, images.shape[1:], strict=True)
+    ]
+    cut = images[(slice(None), *(slice(s, s + p) for s, p in zip(start, patch, strict=True)))]
+    missing = [p - n for p, n in zip(patch, cut.shape[1:], strict=True)]
+    return torch.nn.functional.pad(cut, [end for m in reversed(missing) for end in (0, m)])
