@@ -66,7 +66,7 @@ def synthesize(
     from cwdm.case import read_case
     from cwdm.errors import InputError
     from cwdm.modality import parse_modality
-    from cwdm.synthesis import Synthesizer
+    from cwdm.synthesis import Synthesizer, output_paths
 
     case = read_case(folder)
     targets = [parse_modality(name) for name in missing] or list(case.missing)
@@ -74,6 +74,7 @@ def synthesize(
         raise InputError(f"{folder}: no modality is missing, expected --missing MODALITY")
     acquired = case.without(*targets)
     for target in dict.fromkeys(targets):
+        output_paths(case, target, output, overwrite=overwrite)  # fail before the work, not after
         synthesizer = Synthesizer.load(target, model, device=device, precision=precision)  # type: ignore[arg-type]
         with tqdm(desc=f"{case.id} {target}", unit="step") as bar:
 

@@ -1,6 +1,7 @@
-"""Where which tissue is: maps of tissue fractions to simulate from."""
+"""Where in a brain which tissue is: the maps to simulate from."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
+from torch.nn import functional
 
 from cwdm.errors import InputError
 from cwdm.relaxation import Tissue
@@ -21,97 +23,131 @@ FREESURFER = {
     Tissue.DEEP: (9, 10, 11, 12, 13, 26, 48, 49, 50, 51, 52, 58),
     Tissue.WHITE: (2, 7, 16, 28, 41, 46, 60, 77, 85, 251, 252, 253, 254, 255),
 }
-"""Labels of FreeSurfer's aseg per tissue; others count as what is nearest."""
+"""FreeSurfer's numbers for each tissue. Other labels count as the nearest of these."""
 
 SHARPEN = 2.5
-"""Exponent that gives the blurred average of many brains the edges of a single one."""
+"""Exponent that gives the blurred average of many brains the edges of one."""
 
 BLUR_MM = 0.7
-"""Standard deviation that turns hard labels into fractions of voxels."""
+"""Standard deviation of the blur that turns labels into fractions of voxels."""
 
-SULCAL_MM = 3.0
-"""How far cerebrospinal fluid reaches over the cortex after skull stripping."""
+SULCUS_MM = 3.0
+"""The brain mask closes gaps up to twice as wide, as skull stripping does ..."""
+
+RIM_MM = 1.5
+"""... and leaves this much fluid on the cortex."""
 
 
 @dataclass(frozen=True, eq=False)
 class Anatomy:
-    """One brain."""
+    """Tissue maps of one brain."""
 
-    name: str
     fractions: Tensor
-    """(4, X, Y, Z) in CHANNELS order, float32; they sum to 1 in the brain and to 0 outside."""
+    """(4, X, Y, Z) float32, tissues in the order of CHANNELS: sum 1 in the brain, 0 outside."""
     affine: NDArray[np.float64]
-    """(4, 4), voxel index -> world in mm (RAS+)."""
+    """(4, 4), voxel index -> mm to the right, front and top."""
+
+    @cached_property
+    def volume_mm3(self) -> float:
+        """Volume of the brain."""
+        return float(self.fractions.sum()) * abs(float(np.linalg.det(self.affine[:3, :3])))
+
+    @cached_property
+    def middle(self) -> tuple[float, ...]:
+        """The middle of the brain's bounding box, mm."""
+        inside = self.fractions.sum(0) > 0.5
+        ends = [inside.movedim(axis, 0).flatten(1).any(1).nonzero()[[0, -1]] for axis in range(3)]
+        index = torch.stack(ends).double().mean((1, 2)).cpu().numpy()
+        return tuple(self.affine[:3, :3] @ index + self.affine[:3, 3])
+
+    def sample(self, points: Tensor) -> Tensor:
+        """Fractions (4, X, Y, Z) at points (X, Y, Z, 3) in mm, interpolated linearly."""
+        to_index = torch.from_numpy(np.linalg.inv(self.affine)).to(points)
+        size = torch.tensor(self.fractions.shape[1:]).to(points)
+        scale = 2 / (size - 1)  # voxel index -> grid_sample's [-1, 1]
+        matrix, origin = to_index[:3, :3] * scale[:, None], to_index[:3, 3] * scale - 1
+        where = (points @ matrix.T + origin).flip(-1)
+        fractions = self.fractions.to(points)[None]
+        return functional.grid_sample(fractions, where[None], align_corners=True)[0]
 
 
 def mni152() -> Anatomy:
-    """The average brain that ships with nilearn: ICBM 152, 2009, 1 mm.
+    """The average brain that ships with nilearn: ICBM 152 nonlinear symmetric 2009a, 1 mm.
 
     Raises:
         InputError: nilearn is not installed.
     """
     try:
-        from nilearn.datasets import (
-            load_mni152_brain_mask,
-            load_mni152_gm_template,
-            load_mni152_wm_template,
-        )
+        from nilearn import datasets
     except ImportError as error:
         raise InputError(
-            "nilearn is not installed, expected it for the MNI152 anatomy: "
-            'pip install "cwdm[simulate]", or give label maps'
+            "nilearn is not installed, expected it for the anatomy: pip install 'cwdm[simulate]'; "
+            "or give label maps (--labels)"
         ) from error
-    image = load_mni152_gm_template(resolution=1)
-    affine = np.asarray(image.affine, dtype=np.float64)
-    grey = np.asarray(image.dataobj, dtype=np.float32)
-    white = np.asarray(load_mni152_wm_template(resolution=1).dataobj, dtype=np.float32)
-    mask = np.asarray(load_mni152_brain_mask(resolution=1).dataobj) > 0
-    # the maps have no class for basal ganglia and thalami: grey matter in this ellipsoid (MNI mm)
-    where = np.meshgrid(*(np.arange(n) for n in grey.shape), indexing="ij")
-    x, y, z = (
-        (axis + affine[i, 3] - centre) / radius
-        for i, (axis, centre, radius) in enumerate(
-            zip(where, (0, -5, 4), (33, 33, 17), strict=True)
-        )
-    )
-    deep = grey * (x * x + y * y + z * z < 1)
+    image = datasets.load_mni152_gm_template(resolution=1)
+    affine = np.asarray(image.affine, np.float64)
+    grey = np.asarray(image.dataobj, np.float32)
+    white = np.asarray(datasets.load_mni152_wm_template(resolution=1).dataobj, np.float32)
+    mask = np.asarray(datasets.load_mni152_brain_mask(resolution=1).dataobj) > 0
+    # There is no map of the basal ganglia and thalami: they are the grey matter in this ellipsoid.
+    center, radius = np.array([0, -5, 4]), np.array([33, 33, 17])  # MNI mm
+    start, step = affine[:3, 3] - center, affine[:3, :3].diagonal()
+    axes = [(start[i] + step[i] * np.arange(n)) / radius[i] for i, n in enumerate(grey.shape)]
+    deep = grey * (sum(axis**2 for axis in np.ix_(*axes)) < 1)
     csf = np.clip(1 - grey - white, 0, 1)
     maps = np.stack([csf, grey - deep, deep, white]) ** SHARPEN
-    return _anatomy("mni152", maps, mask, affine)
+    return _anatomy(maps, mask, affine)
 
 
 def from_labels(path: Path) -> Anatomy:
-    """The brain in a label map with FreeSurfer's numbers (`aseg`, SynthSeg, ...).
+    """The brain in a label map with FreeSurfer's numbers: of its `aseg`, SynthSeg, ...
 
     Raises:
-        InputError: not a readable image, or without white matter and cortex.
+        InputError: not a readable image, or one without white matter or cortex.
     """
     volume = read_volume(path)
-    labels = np.rint(volume.voxels).astype(np.int64)
-    onehot = np.stack([np.isin(labels, FREESURFER[tissue]) for tissue in CHANNELS])
-    if not (onehot[Tissue.CORTEX].any() and onehot[Tissue.WHITE].any()):
+    labels = np.rint(volume.voxels).astype(np.int32)
+    missing = [t.name for t in (Tissue.CORTEX, Tissue.WHITE) if not _is(t, labels).any()]
+    if missing:
         raise InputError(
-            f"{path}: no white matter (2, 41) and cortex (3, 42), expected a FreeSurfer label map"
+            f"{path}: no label of {' or '.join(missing)}, expected FreeSurfer's numbers "
+            "(2, 41 white matter; 3, 42 cortex; ...)"
         )
-    solid = _largest(onehot[1:].any(0))
     spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
-    mask = ndimage.distance_transform_edt(~solid, sampling=spacing) < SULCAL_MM + 4
-    mask = ndimage.distance_transform_edt(mask, sampling=spacing) > 4  # closes sulci, ventricles
-    mask = ndimage.binary_fill_holes(mask)
-    onehot[Tissue.CSF] |= mask & ~onehot.any(0)
-    sigma = (0, *(BLUR_MM / spacing))
-    maps = ndimage.gaussian_filter(onehot.astype(np.float32), sigma, truncate=3)
-    return _anatomy(Path(path).name.split(".")[0], maps, mask, volume.affine)
+    solid = _largest(~np.isin(labels, (0, *FREESURFER[Tissue.CSF])))
+    near = ndimage.distance_transform_edt(~solid, spacing) < SULCUS_MM + RIM_MM
+    mask = ndimage.distance_transform_edt(near, spacing) > SULCUS_MM
+    known = np.isin(labels, [0, *(label for tissue in CHANNELS for label in FREESURFER[tissue])])
+    nearest = ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)
+    labels = labels[tuple(nearest)]
+    maps = np.stack([_is(tissue, labels) for tissue in CHANNELS]).astype(np.float32)
+    maps[Tissue.CSF] += 1 - maps.sum(0)  # what has no label in the mask
+    maps = ndimage.gaussian_filter(maps, (0, *(BLUR_MM / spacing)), truncate=3)
+    return _anatomy(maps, mask, volume.affine)
+
+
+def find_label_maps(folder: Path) -> list[Path]:
+    """The NIfTI files in a folder, sorted; InputError if there are none."""
+    paths = sorted(path for path in Path(folder).glob("*.nii*") if path.is_file())
+    if not paths:
+        raise InputError(f"{folder}: found no label maps, expected *.nii or *.nii.gz")
+    return paths
 
 
 def _anatomy(
-    name: str, fractions: NDArray[np.float32], mask: NDArray[np.bool_], affine: NDArray[np.float64]
+    maps: NDArray[np.float32], mask: NDArray[np.bool_], affine: NDArray[np.float64]
 ) -> Anatomy:
-    total = fractions.sum(0)
-    fractions = np.divide(fractions, total, out=np.zeros_like(fractions), where=total > 0)
-    return Anatomy(name, torch.from_numpy(fractions * mask).float(), affine)
+    """Maps (4, X, Y, Z) >= 0, normalized inside the mask; CSF where they are all 0."""
+    maps[Tissue.CSF] += 1e-6
+    return Anatomy(torch.from_numpy(maps / maps.sum(0) * mask), affine)
+
+
+def _is(tissue: Tissue, labels: NDArray[np.int32]) -> NDArray[np.bool_]:
+    return np.isin(labels, FREESURFER[tissue])
 
 
 def _largest(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    labels, n = ndimage.label(mask)
-    return labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:])) if n else mask
+    """The largest connected part."""
+    parts, _ = ndimage.label(mask)
+    largest: NDArray[np.bool_] = parts == 1 + np.bincount(parts.ravel())[1:].argmax()
+    return largest

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from cwdm.config import Config
@@ -58,7 +58,7 @@ def save_model(
     }
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     with atomic_write(path, overwrite) as temporary:
-        save_file(tensors, temporary, metadata)
+        temporary.write_bytes(save(tensors, metadata))
 
 
 def load_model(path: Path) -> Model:

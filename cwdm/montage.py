@@ -37,8 +37,7 @@ PLANES = ("axial", "coronal", "sagittal")
 WINDOW = (0.005, 0.998)  # in-brain quantiles shown black and white
 WARNING = "SYNTHETIC IMAGE  ·  RESEARCH USE ONLY"
 
-WIDTH = 1840  # px, about; the true width follows from whole panels
-MAX_SCALE = 2.2  # px per mm
+COLUMN = 288  # px: width of a panel
 EDGE, GAP, ROW_LABEL = 30, 8, 26  # px: around the picture, between panels, left of the rows
 MARGIN_MM = 6.0  # around the brain
 
@@ -164,10 +163,8 @@ class _Sheet:
         self.columns, self.box, self.middle, self.spacing_mm = columns, box, middle, spacing_mm
         self.brain, self.tumor = brain, tumor
         x, y, z = ((s.stop - s.start) * step for s, step in zip(box, spacing_mm, strict=True))  # mm
-        room = WIDTH - 2 * EDGE - ROW_LABEL - GAP * (len(columns) - 1)
-        self.scale = min(MAX_SCALE, room / (len(columns) * max(x, y)))
+        self.scale = COLUMN / max(x, y)  # px per mm
         self.sizes = [self._pixels(x, y), self._pixels(x, z), self._pixels(y, z)]
-        self.column_width = max(width for width, _ in self.sizes)
         self.left = EDGE + ROW_LABEL
         self.head = 124
         self.tops = [self.head]
@@ -178,8 +175,10 @@ class _Sheet:
     def draw(self, heading: str, case_id: str, feet: Sequence[str]) -> Image.Image:
         """The whole picture."""
         count = len(self.columns)
-        width = self.left + count * self.column_width + (count - 1) * GAP + EDGE
-        height = self.bottom + 26 + max(24 * len(feet), 50) + EDGE - 8
+        words = _font(26).getlength(heading) + 40 + _font(15).getlength(WARNING) + 24
+        width = self.left + max(count * (COLUMN + GAP) - GAP, round(words)) + EDGE
+        bar = 50 if self.columns[-1].heat else 0
+        height = self.bottom + 20 + max(24 * len(feet), bar) + EDGE
         picture = Image.new("RGB", (width, height), BACKGROUND)
         pen = ImageDraw.Draw(picture)
         for index, column in enumerate(self.columns):
@@ -196,19 +195,17 @@ class _Sheet:
         self, picture: Image.Image, pen: ImageDraw.ImageDraw, index: int, column: _Column
     ) -> None:
         x = self._x(index)
-        middle = x + self.column_width / 2
+        middle = x + COLUMN / 2
         pen.text((middle, self.head - 44), column.title, TEXT, _font(20), anchor="mm")
         pen.text((middle, self.head - 20), column.subtitle, column.color, _font(15), anchor="mm")
         if column.color != QUIET:
-            pen.rectangle(
-                (x, self.head - 6, x + self.column_width - 1, self.head - 4), column.color
-            )
+            pen.rectangle((x, self.head - 6, x + COLUMN - 1, self.head - 4), column.color)
         for plane, (width, height) in enumerate(self.sizes):
             top = self.tops[plane]
-            pen.rectangle((x, top, x + self.column_width - 1, top + height - 1), BLACK)
-            picture.paste(self._panel(column, plane), (x + (self.column_width - width) // 2, top))
+            pen.rectangle((x, top, x + COLUMN - 1, top + height - 1), BLACK)
+            picture.paste(self._panel(column, plane), (x + (COLUMN - width) // 2, top))
             if column.color == AMBER:
-                at = (x + self.column_width - 5, top + height - 5)
+                at = (x + COLUMN - 5, top + height - 5)
                 pen.text(at, "SYNTHETIC", AMBER, _font(12), anchor="rs")
 
     def _panel(self, column: _Column, plane: int) -> Image.Image:
@@ -241,7 +238,7 @@ class _Sheet:
             label = _vertical_text(PLANES[plane])
             top = self.tops[plane]
             picture.paste(label, (EDGE - 6, top + (height - label.height) // 2))
-            middle = self.left + self.column_width / 2
+            middle = self.left + COLUMN / 2
             pen.text((self.left + 5, top + height / 2), sides[plane][0], QUIET, _font(13), "lm")
             pen.text((middle, top + 4), sides[plane][1], QUIET, _font(13), "mt")
         length = round(50 * self.scale)
@@ -263,7 +260,7 @@ class _Sheet:
         self, picture: Image.Image, pen: ImageDraw.ImageDraw, x: int, top_value: float
     ) -> None:
         """From 0 to the brightest error, in percent of the truth's range."""
-        width, y = self.column_width, self.bottom + 24
+        width, y = COLUMN, self.bottom + 24
         bar = inferno(np.tile(np.linspace(0, 1, width), (12, 1)))
         picture.paste(Image.fromarray(bar), (x, y))
         for share, anchor in ((0.0, "lt"), (0.5, "mt"), (1.0, "rt")):
@@ -271,7 +268,7 @@ class _Sheet:
             pen.text((x + share * (width - 1), y + 18), text, QUIET, _font(15), anchor=anchor)
 
     def _x(self, index: int) -> int:
-        return self.left + index * (self.column_width + GAP)
+        return self.left + index * (COLUMN + GAP)
 
     def _pixels(self, width_mm: float, height_mm: float) -> tuple[int, int]:
         return max(1, round(width_mm * self.scale)), max(1, round(height_mm * self.scale))

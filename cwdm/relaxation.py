@@ -1,4 +1,4 @@
-"""From tissue to signal: relaxation times, the spin echo, inversion recovery and contrast agent.
+"""From tissue to signal: relaxation times, spin echo, inversion recovery, contrast agent.
 
 Times in ms, field in tesla, concentration in mmol/l, signal relative to fully relaxed water.
 """
@@ -6,85 +6,82 @@ Times in ms, field in tesla, concentration in mmol/l, signal relative to fully r
 import math
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import overload
 
 import torch
 from torch import Tensor
 
-RELAXIVITY = 4.1
-"""r1 of gadopentetate in plasma, l/(mmol s): 4.1 at 1.5 T, 3.7 at 3 T (Rohrer et al., Invest
-Radiol 2005)."""
+RELAXIVITY = 4.1e-3
+"""r1 of gadopentetate in plasma, l/(mmol ms): 4.1 l/(mmol s) at 1.5 T, 3.7 at 3 T (Rohrer et al.,
+Investigative Radiology 2005)."""
 
 
 class Tissue(IntEnum):
-    """What a voxel can be made of; the value is its channel. The first four are the anatomy."""
+    """What a voxel can be made of; the value is its channel."""
 
     CSF = 0
     CORTEX = 1
-    DEEP = 2  # caudate, putamen, thalamus, ...
+    DEEP = 2  # thalamus, caudate, putamen, ...
     WHITE = 3
     BLOOD = 4
     NECROSIS = 5
     ENHANCING = 6
-    OEDEMA = 7
+    EDEMA = 7
 
 
 @dataclass(frozen=True)
-class Constants:
-    """Relaxation times of a tissue and its proton density relative to water."""
+class Relaxation:
+    """Relaxation times of a tissue, and its protons relative to water's."""
 
-    t1: tuple[float, float]
-    """ms at 1.5 T and at 3 T."""
+    t1_low: float
+    """T1 at 1.5 T."""
+    t1_high: float
+    """T1 at 3 T."""
     t2: float
-    """ms; hardly depends on the field between 1.5 and 3 T."""
+    """T2; hardly differs between 1.5 and 3 T."""
     pd: float
 
-    def t1_at(self, field: float) -> float:
-        """T1 in ms at `field` tesla: the power law through both values (Rooney et al. 2007)."""
-        low, high = self.t1
-        return low * (field / 1.5) ** math.log2(high / low)
+    def t1(self, field: float) -> float:
+        """T1 at a field: the power law (Rooney et al., MRM 2007) through both values."""
+        return self.t1_low * (field / 1.5) ** math.log2(self.t1_high / self.t1_low)
 
 
-CONSTANTS = {
-    # T1 of brain tissue: Wright et al., MAGMA 2008. T2: Stanisz et al., MRM 2005, and for deep grey
-    # matter Wansapura et al., JMRI 1999. CSF and blood T1: Rooney et al., MRM 2007. Water content:
-    # Neeb et al., NeuroImage 2006. Tumour, rounded: Blystad et al., PLoS One 2017, and Badve et al.,
-    # AJNR 2017. Blood flows through slices between pulse and echo: most of its signal is lost.
-    Tissue.CSF: Constants((4300, 4300), 1500, 1.0),
-    Tissue.CORTEX: Constants((1197, 1607), 97, 0.82),
-    Tissue.DEEP: Constants((1090, 1360), 83, 0.80),
-    Tissue.WHITE: Constants((646, 838), 70, 0.70),
-    Tissue.BLOOD: Constants((1440, 1700), 120, 0.45),
-    Tissue.NECROSIS: Constants((1700, 2000), 210, 0.90),
-    Tissue.ENHANCING: Constants((1200, 1550), 130, 0.84),
-    Tissue.OEDEMA: Constants((1150, 1450), 135, 0.83),
+# T1 of grey and white matter: Wright et al., MAGMA 2008. T2: Stanisz et al., MRM 2005 (grey) and
+# Wansapura et al., JMRI 1999 (white; deep grey shortened by iron). CSF and blood: Rooney et al.
+# Water content: Neeb et al., NeuroImage 2006. Flowing blood has left the slice before the echo:
+# little of it is seen. Tumor: within the range of relaxometry at 3 T (Badve et al., AJNR 2017), set
+# so that the medians of the parts over that of the brain are those of BraTS cases.
+RELAXATION = {
+    Tissue.CSF: Relaxation(4300, 4300, t2=1500, pd=1.0),
+    Tissue.CORTEX: Relaxation(1197, 1607, t2=97, pd=0.82),
+    Tissue.DEEP: Relaxation(1090, 1360, t2=83, pd=0.80),
+    Tissue.WHITE: Relaxation(646, 838, t2=79, pd=0.70),
+    Tissue.BLOOD: Relaxation(1440, 1700, t2=100, pd=0.50),
+    Tissue.NECROSIS: Relaxation(1700, 2100, t2=190, pd=0.90),
+    Tissue.ENHANCING: Relaxation(1300, 1650, t2=130, pd=0.85),
+    Tissue.EDEMA: Relaxation(1150, 1450, t2=140, pd=0.83),
 }
 
 
 def spin_echo(t1: Tensor, t2: Tensor, pd: Tensor, *, tr: float, te: float) -> Tensor:
-    """PD (1 - exp(-TR/T1)) exp(-TE/T2), for TE << TR."""
+    """PD (1 - exp(-TR/T1)) exp(-TE/T2), for TE much shorter than TR."""
     return pd * (1 - torch.exp(-tr / t1)) * torch.exp(-te / t2)
 
 
 def inversion_recovery(
     t1: Tensor, t2: Tensor, pd: Tensor, *, tr: float, te: float, ti: float
 ) -> Tensor:
-    """Spin echo at TI after an inversion: PD (1 - 2 exp(-TI/T1) + exp(-TR/T1)) exp(-TE/T2).
+    """Spin echo, TI after an inversion: PD (1 - 2 exp(-TI/T1) + exp(-TR/T1)) exp(-TE/T2).
 
-    Signed: fractions of a voxel add up before the magnitude is taken.
+    Signed: the tissues in a voxel add up before the scanner takes the magnitude.
     """
     return pd * (1 - 2 * torch.exp(-ti / t1) + torch.exp(-tr / t1)) * torch.exp(-te / t2)
 
 
 def nulling_time(t1: float, tr: float) -> float:
-    """The TI at which `inversion_recovery` of that T1 is zero."""
+    """The TI at which `inversion_recovery` is zero."""
     return t1 * math.log(2 / (1 + math.exp(-tr / t1)))
 
 
-@overload
-def enhanced_t1(t1: float, concentration: float) -> float: ...
-@overload
-def enhanced_t1(t1: Tensor, concentration: Tensor | float) -> Tensor: ...
-def enhanced_t1(t1: Tensor | float, concentration: Tensor | float) -> Tensor | float:
-    """T1 shortened by a contrast agent: 1/T1' = 1/T1 + r1 C."""
-    return 1 / (1 / t1 + RELAXIVITY / 1000 * concentration)
+def enhanced(t1: Tensor, concentration: Tensor | float) -> Tensor:
+    """T1 with contrast agent: 1/T1' = 1/T1 + r1 C."""
+    return t1 / (1 + RELAXIVITY * concentration * t1)

@@ -13,7 +13,16 @@ from torch import Tensor
 from cwdm.coefficients import clamp_image
 from cwdm.diffusion import Schedule
 
-__all__ = ["SAMPLERS", "Denoise", "Step", "clamped", "ddim_step", "ddpm_step", "sample"]
+__all__ = [
+    "SAMPLERS",
+    "Denoise",
+    "Step",
+    "clamped",
+    "ddim_step",
+    "ddpm_step",
+    "noise_stream",
+    "sample",
+]
 
 Denoise = Callable[[Tensor, int], Tensor]
 """(x_t (B, 8, X, Y, Z), t) -> estimate of x_0, of the same shape."""
@@ -59,31 +68,36 @@ def clamped(denoise: Denoise, low: float, high: float) -> Denoise:
     return lambda x_t, t: clamp_image(denoise(x_t, t), low, high)
 
 
+def noise_stream(
+    shape: Sequence[int], seed: int, device: torch.device | str = "cpu"
+) -> Callable[[], Tensor]:
+    """Successive draws of N(0, 1) of one shape that depend on the seed only.
+
+    They come from a CPU generator of their own, so that neither other cases nor the kind of
+    accelerator change a result.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(*shape, generator=generator).to(device)
+
+
 @torch.no_grad()
 def sample(
     denoise: Denoise,
     x_T: Tensor,
     schedule: Schedule,
     *,
+    draw: Callable[[], Tensor],
     step: Step = ddpm_step,
     times: Sequence[int] | None = None,
-    generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
     """Yields x_s after each step; the last one is the sample.
 
     Args:
         denoise: estimates x_0; conditioning and clamping are closed over.
         x_T: noise (B, 8, X, Y, Z).
+        draw: further noise of that shape, one draw per step (see ``noise_stream``).
         times: falling times, from T to 0; all of them by default (see ``Schedule.timesteps``).
-        generator: the only source of randomness. On a device other than x_T's (a CPU generator
-            makes results independent of the accelerator) noise is drawn there and moved.
     """
-    device = x_T.device if generator is None else generator.device
-
-    def draw() -> Tensor:
-        noise = torch.randn(x_T.shape, generator=generator, device=device, dtype=x_T.dtype)
-        return noise.to(x_T.device)
-
     x = x_T
     for t, s in pairwise(schedule.timesteps() if times is None else times):
         x = step(schedule, x, denoise(x, t), t, s, draw)

@@ -1,68 +1,64 @@
-"""Simulated cases: four contrasts and a glioma, all from one anatomy.
+"""Simulated cases: four contrasts, with a glioma, all from one anatomy.
 
-The line: anatomy -> deformed tissue fractions -> tumour -> signal of each sequence -> scanner
-(slices, bias field, noise, gain). Everything random comes from one generator per case.
+Anatomy -> a brain deformed at random -> tumor and vessels -> the signal of each sequence -> what a
+scanner makes of it. Everything is computed in torch, on any device, and drawn from one generator
+per case: a case depends on its seed and its index, and on no other case.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.nn import functional
 
-from cwdm.anatomy import Anatomy
+from cwdm import __version__
+from cwdm.anatomy import CHANNELS, Anatomy
+from cwdm.errors import InputError
 from cwdm.modality import Modality
 from cwdm.relaxation import (
-    CONSTANTS,
+    RELAXATION,
     Tissue,
-    enhanced_t1,
+    enhanced,
     inversion_recovery,
     nulling_time,
     spin_echo,
 )
+from cwdm.volume import Volume, write_volume
 
-SHAPE = (240, 240, 155)
-NCR, ED, ET = 1, 2, 3
+Shape = tuple[int, int, int]
+
+SHAPE: Shape = (240, 240, 155)
+"""BraTS; 1 mm voxels."""
+
+HEAD_MM = (168, 208, 156)
+"""The part of the grid in which the brain lies; only there anything is computed."""
+
+BRAIN_MM3 = 1.5e6
+"""Typical volume inside a BraTS brain mask; those at hand have 1.35 to 1.73 million."""
+
+NCR, ED, ET = 1, 2, 3  # labels of BraTS 2023
+TUMOR = (Tissue.NECROSIS, Tissue.ENHANCING, Tissue.EDEMA)
 
 
 @dataclass(frozen=True, eq=False)
 class SimulatedCase:
+    """Four images and their segmentation, in canonical orientation (RAS+)."""
+
     id: str
-    images: dict[Modality, NDArray[np.int16]]
-    segmentation: NDArray[np.uint8]
+    """`SIM-<seed>-<index>`."""
+    images: dict[Modality, Tensor]
+    """(X, Y, Z) int16, scanner units; 0 outside the brain and at least 1 inside."""
+    segmentation: Tensor
+    """(X, Y, Z) uint8: 1 necrosis and other core, 2 edema, 3 enhancing tumor."""
     affine: NDArray[np.float64]
-
-
-class Dice:
-    """Random numbers and random fields of one case on one grid."""
-
-    def __init__(self, seed: int, index: int, shape, spacing: float, device) -> None:
-        state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
-        self.generator = Generator(device).manual_seed(int(state >> np.uint64(1)))
-        self.shape, self.spacing, self.device = shape, spacing, torch.device(device)
-
-    def uniform(self, low: float, high: float) -> float:
-        u = torch.rand((), generator=self.generator, device=self.device).item()
-        return low + (high - low) * u
-
-    def normal(self, *size: int) -> Tensor:
-        return torch.randn(size, generator=self.generator, device=self.device)
-
-    def field(self, scale: float) -> Tensor:
-        """Smooth Gaussian noise (X, Y, Z), mean 0, variance 1, correlated over `scale` mm."""
-        weights = []
-        for n in self.shape:
-            x = torch.arange(n, device=self.device) * (self.spacing / scale)
-            knots = torch.arange(-2, math.ceil(n * self.spacing / scale) + 3, device=self.device)
-            w = torch.exp(-0.5 * ((x[:, None] - knots) / 0.7) ** 2)
-            weights.append(w / w.square().sum(1, keepdim=True).sqrt())
-        field = self.normal(*(w.shape[1] for w in weights))
-        for w in weights:
-            field = torch.tensordot(field, w, dims=([0], [1]))
-        return field
+    """(4, 4), voxel index -> mm."""
 
 
 def simulate(
@@ -70,205 +66,286 @@ def simulate(
     index: int,
     anatomy: Anatomy,
     *,
-    shape: tuple[int, int, int] = SHAPE,
+    shape: Shape = SHAPE,
     spacing: float = 1.0,
-    device: str | torch.device = "cpu",
+    device: torch.device | str = "cpu",
 ) -> SimulatedCase:
-    dice = Dice(seed, index, shape, spacing, device)
-    affine = np.diag([-spacing, -spacing, spacing, 1.0])
-    affine[1, 3] = (shape[1] - 1) * spacing
-    world = _grid(shape, spacing, dice.device)
-    source = _deform(world, anatomy, dice)
-    white = _sample(anatomy, source[::4, ::4, ::4])[Tissue.WHITE]
-    centre = _tumour_centre(world[::4, ::4, ::4], white, dice)
-    radius = 8 + 17 * dice.uniform(0, 1) ** 1.3
-    offset = world - centre
-    distance = offset.square().sum(-1).sqrt()
-    push = dice.uniform(0.05, 0.3)
-    source -= push * offset * torch.exp(-0.5 * (distance / (1.5 * radius)) ** 2)[..., None]
-    brain = _sample(anatomy, source)
+    """Simulate case `index` of `seed`.
+
+    Args:
+        shape: of the images, voxels.
+        spacing: mm between voxels, the same along each axis.
+        device: where to compute. Another kind of device draws other cases.
+    """
+    inner = [min(n, round(mm / spacing)) for n, mm in zip(shape, HEAD_MM, strict=True)]
+    chance = _Chance(seed, index, (inner[0], inner[1], inner[2]), spacing, torch.device(device))
+    brain, offset, radius, midline = _deformed(anatomy, chance)
     mask = brain.sum(0) > 0.5
-    brain = _individual(brain, dice)
-    fractions, segmentation = _tumour(brain, mask, offset, radius, dice)
+    brain = _individual(brain, chance)
+    tumor, segmentation = _tumor(brain, mask, offset, radius, chance)
+    fractions = _mix(brain, tumor, _vessels(brain, mask, midline, chance))
+    gain = chance.uniform(math.log(200), math.log(2000))
     images = {}
-    gain = math.exp(dice.uniform(math.log(300), math.log(2500)))
-    for modality, signal in _signals(fractions[:, mask], mask, dice).items():
-        volume = torch.zeros(shape, device=dice.device)
-        volume[mask] = signal
-        volume = _acquire(volume, mask, dice)
-        volume = volume / volume[mask].median() * gain * math.exp(dice.uniform(-0.7, 0.7))
-        volume = volume.round().clamp(1, 32767) * mask
-        images[modality] = volume.to(torch.int16).cpu().numpy()
+    for modality, signal in _signals(fractions, mask, chance).items():
+        image = _acquire(signal, mask, chance)
+        image *= math.exp(gain + chance.uniform(-0.7, 0.7)) / image[mask].median()
+        images[modality] = _fit((image.round().clamp(1, 32767) * mask).to(torch.int16), shape)
+    affine = np.diag([spacing, spacing, spacing, 1.0])
+    affine[0, 3] = -(shape[0] - 1) * spacing  # the corner where BraTS images have it
     return SimulatedCase(
-        f"SIM-{seed:05d}-{index:03d}", images, (segmentation * mask).cpu().numpy(), affine
+        f"SIM-{seed:05d}-{index:03d}", images, _fit(segmentation * mask, shape), affine
     )
 
 
-def _grid(shape, spacing: float, device) -> Tensor:
-    """(X, Y, Z, 3): mm from the centre of the grid, RAS+."""
+def write_case(case: SimulatedCase, output: Path, *, overwrite: bool = False) -> Path:
+    """Write `output/<id>/<id>-<modality>.nii.gz` and `-seg.nii.gz`; stored LPS, as BraTS.
+
+    Returns:
+        The case's folder.
+
+    Raises:
+        InputError: the folder is there already and not to be overwritten, or cannot be written.
+    """
+    folder = Path(output) / case.id
+    if folder.exists() and not overwrite:
+        raise InputError(f"{folder}: already exists, expected a new case or --overwrite")
+    for name, voxels in [*case.images.items(), ("seg", case.segmentation)]:
+        path = folder / f"{case.id}-{name}.nii.gz"
+        array = voxels.cpu().numpy()
+        like = _blank(array, case.affine, path)
+        write_volume(array, like, path, f"cwdm {__version__} simulated, no patient", overwrite)
+    return folder
+
+
+def _blank(voxels: NDArray[np.generic], affine: NDArray[np.float64], path: Path) -> Volume:
+    """A volume to be stored LPS with 1 mm units, in the voxels' own data type."""
+    flip = np.diag([-1.0, -1.0, 1.0, 1.0])
+    flip[:2, 3] = np.array(voxels.shape[:2]) - 1
+    header = nib.Nifti1Header()
+    header.set_data_dtype(voxels.dtype)
+    header.set_data_shape(voxels.shape)
+    header.set_xyzt_units("mm")
+    header.set_qform(affine @ flip, 1)
+    header.set_sform(affine @ flip, 1)
+    header.set_slope_inter(1, 0)
+    return Volume(voxels.astype(np.float32), affine, header, path)
+
+
+class _Chance:
+    """Everything random about one case, on its grid."""
+
+    def __init__(
+        self, seed: int, index: int, shape: Shape, spacing: float, device: torch.device
+    ) -> None:
+        state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)
+        self._generator = torch.Generator(device).manual_seed(int(state[0] >> np.uint64(1)))
+        self.shape, self.spacing, self.device = shape, spacing, device
+
+    def uniform(self, low: float, high: float) -> float:
+        draw = torch.rand((), generator=self._generator, device=self.device)
+        return low + (high - low) * draw.item()
+
+    def normal(self, *size: int) -> Tensor:
+        return torch.randn(size, generator=self._generator, device=self.device)
+
+    def pick(self, weights: Tensor) -> Tensor:
+        """Index () of one of the weights (N,), with that probability."""
+        return torch.multinomial(weights, 1, generator=self._generator)[0]
+
+    def field(self, scale: float) -> Tensor:
+        """A random field (X, Y, Z), Gaussian with mean 0 and variance 1, smooth over `scale` mm."""
+        kernels = []
+        for n in self.shape:
+            x = torch.arange(n, device=self.device) * (self.spacing / scale)
+            knots = torch.arange(-2, math.ceil(n * self.spacing / scale) + 3, device=self.device)
+            kernel = torch.exp(-(((x[:, None] - knots) / 0.7) ** 2) / 2)
+            kernels.append(kernel / kernel.square().sum(1, keepdim=True).sqrt())
+        field = self.normal(*(kernel.shape[1] for kernel in kernels))
+        for kernel in kernels:
+            field = torch.tensordot(field, kernel, dims=([0], [1]))
+        return field
+
+
+def _deformed(anatomy: Anatomy, chance: _Chance) -> tuple[Tensor, Tensor, float, Tensor]:
+    """A random pose, size and shape of the brain, and a tumor that pushes it aside.
+
+    Returns:
+        Tissue fractions (4, X, Y, Z); mm from the tumor's center (X, Y, Z, 3) and its radius in mm;
+        mm from the brain's midline (X, Y, Z).
+    """
     axes = [
-        torch.arange(n, device=device, dtype=torch.float32).sub((n - 1) / 2) * step
-        for n, step in zip(shape, (-spacing, -spacing, spacing), strict=True)
+        torch.arange(n, device=chance.device).sub((n - 1) / 2) * chance.spacing
+        for n in chance.shape
     ]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+    points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+    matrix = torch.eye(3, device=chance.device) + 0.04 * chance.normal(3, 3).clamp(-2, 2)
+    size = BRAIN_MM3 * math.exp(chance.uniform(-0.12, 0.12))
+    matrix *= (anatomy.volume_mm3 / size / matrix.det()) ** (1 / 3)
+    if chance.uniform(0, 1) < 0.5:
+        matrix[0] *= -1
+    middle = torch.tensor(anatomy.middle).to(points)
+    source = points @ matrix.T + middle  # where in the anatomy each point comes from
+    for scale, amplitude in ((45, 3.5), (18, 1.2)):
+        source += amplitude * torch.stack([chance.field(scale) for _ in range(3)], -1)
+
+    coarse = (slice(None, None, max(1, round(4 / chance.spacing))),) * 3
+    weights = anatomy.sample(source[coarse])[Tissue.WHITE] ** 3
+    weights *= points[coarse][..., 2] > -12  # above the cerebellum
+    center = points[coarse].flatten(0, 2)[chance.pick(weights.flatten() + 1e-9)]
+    radius = chance.uniform(8, 14) + chance.uniform(0, 1) ** 2 * 14
+    offset = points - center
+    reach = torch.exp(-offset.square().sum(-1, keepdim=True) / (2 * (1.5 * radius) ** 2))
+    source -= chance.uniform(0.05, 0.3) * reach * (offset @ matrix.T)
+    return anatomy.sample(source), offset, radius, source[..., 0] - middle[0]
 
 
-def _deform(world: Tensor, anatomy: Anatomy, dice: Dice) -> Tensor:
-    """(X, Y, Z, 3): mm in the anatomy for each voxel; a random affine and a smooth deformation."""
-    inside = anatomy.fractions.sum(0) > 0.5
-    voxel = torch.from_numpy(np.linalg.norm(anatomy.affine[:3, :3], axis=0)).float()
-    volume = inside.sum() * voxel.prod()
-    index = inside.nonzero().float()
-    middle = (index.min(0).values + index.max(0).values) / 2
-    a = torch.from_numpy(anatomy.affine).float()
-    middle = a[:3, :3] @ middle + a[:3, 3]
-    wanted = 1.5e6 * math.exp(dice.uniform(-0.12, 0.12))
-    scale = (volume / wanted) ** (1 / 3)
-    matrix = torch.eye(3) + 0.05 * dice.normal(3, 3).cpu()
-    matrix *= scale / matrix.det() ** (1 / 3)
-    if dice.uniform(0, 1) < 0.5:
-        matrix[:, 0] *= -1
-    shift = torch.tensor([dice.uniform(-3, 3) for _ in range(3)])
-    source = world @ matrix.T.to(world) + (middle + shift).to(world)
-    for scale_mm, amplitude in ((45.0, 3.5), (18.0, 1.2)):
-        source += amplitude * torch.stack([dice.field(scale_mm) for _ in range(3)], -1)
-    return source
+def _individual(brain: Tensor, chance: _Chance) -> Tensor:
+    """Fractions (4, X, Y, Z) with folds and ventricles of one person: wider here, narrower there.
 
-
-def _sample(anatomy: Anatomy, world: Tensor) -> Tensor:
-    """(4, X, Y, Z) tissue fractions at world points (X, Y, Z, 3)."""
-    to_index = torch.from_numpy(np.linalg.inv(anatomy.affine)).to(world)
-    index = world @ to_index[:3, :3].T + to_index[:3, 3]
-    size = torch.tensor(anatomy.fractions.shape[1:]).to(world)
-    grid = (2 * index / (size - 1) - 1).flip(-1)
-    return functional.grid_sample(
-        anatomy.fractions.to(world)[None], grid[None], align_corners=True
-    )[0]
-
-
-def _tumour_centre(world: Tensor, white: Tensor, dice: Dice) -> Tensor:
-    up = world[..., 2] > -15  # above the cerebellum
-    candidates = world[(white > 0.6) & up]
-    pick = torch.randint(len(candidates), (), generator=dice.generator, device=dice.device)
-    return candidates[pick]
-
-
-def _individual(brain: Tensor, dice: Dice) -> Tensor:
-    """Sharpen the fractions and vary them, so that folds are one person's and not an average."""
+    Outside the brain, where all are 0, they become meaningless; they sum to 1 everywhere.
+    """
     logits = torch.log(brain + 1e-3)
-    for tissue, bias in ((Tissue.CSF, dice.uniform(-0.3, 1.2)), (Tissue.CORTEX, 0.0)):
-        logits[tissue] += bias + 1.0 * dice.field(4.0) + 0.5 * dice.field(10.0)
+    logits[Tissue.CSF] += chance.uniform(-0.8, 0.8)  # young to old
+    for tissue in (Tissue.CSF, Tissue.CORTEX):
+        logits[tissue] += chance.field(4) + 0.5 * chance.field(10)
     return torch.softmax(logits, 0)
 
 
-def _tumour(brain, mask, offset, radius, dice):
-    """Fractions (8, X, Y, Z) with vessels and tumour, and the labels (X, Y, Z)."""
-    stretch = torch.tensor([math.exp(dice.uniform(-0.25, 0.25)) for _ in range(3)]).to(offset)
-    distance = (offset * stretch).square().sum(-1).sqrt()
-    inner = (
-        radius * (1 + 0.22 * dice.field(radius)) + 0.09 * radius * dice.field(5.0) - distance
-    )  # mm inside the core
-    inner -= 4 * brain[Tissue.CSF]
-    core = torch.sigmoid(inner / 0.5)
-    kind = dice.uniform(0, 1)
-    rim = dice.uniform(2.5, 6.0) * (1 + 0.5 * dice.field(9.0)) + 1.0 * dice.field(4.0)
-    if kind < 0.15:
-        rim = torch.zeros_like(rim) - 3  # no enhancement
-    necrosis = torch.sigmoid((inner - rim) / 0.5) * core
-    enhancing = core - necrosis
-    # oedema creeps through white matter
-    pool = functional.avg_pool3d
-    flow = (brain[Tissue.WHITE] + 0.12 * brain[Tissue.CORTEX] + 0.25 * brain[Tissue.DEEP]) * mask
-    coarse = pool(flow[None, None], 2, ceil_mode=True)
-    seed = pool(core[None, None], 2, ceil_mode=True)
-    level = seed
-    for _ in range(round(dice.uniform(5, 20))):
-        level = torch.maximum(seed, pool(level, 3, 1, 1) * (0.3 + 0.7 * coarse))
-    level = functional.interpolate(
-        torch.log(level + 1e-6), size=mask.shape, mode="trilinear", align_corners=False
-    )[0, 0]
-    threshold = dice.uniform(-7, -2.5)
-    oedema = torch.sigmoid((level - threshold + 0.6 * dice.field(6.0)) / 0.3)
-    oedema = oedema * (brain[Tissue.WHITE] + 0.35 * brain[Tissue.CORTEX] + 0.5 * brain[Tissue.DEEP])
-    oedema = oedema * (1 - core)
-    tube = dice.field(9.0).square() + dice.field(9.0).square()
-    blood = torch.exp(-tube / 0.06) * brain[Tissue.CSF] * (1 - core)
-    csf = brain[Tissue.CSF] - blood * 1.0
-    solid = torch.stack([csf, *brain[1:]]) * (1 - core - oedema).clamp(0, 1)
-    # oedema replaced solid tissue only
-    out = torch.cat([solid, torch.stack([blood, necrosis, enhancing, oedema])])
-    out = out / out.sum(0).clamp(min=1e-6)
-    labels = torch.zeros(mask.shape, dtype=torch.uint8, device=mask.device)
-    labels[out[Tissue.OEDEMA] > 0.35] = ED
-    labels[necrosis > 0.5] = NCR
-    labels[enhancing > 0.5] = ET
-    return out, labels
+def _vessels(brain: Tensor, mask: Tensor, midline: Tensor, chance: _Chance) -> Tensor:
+    """Fraction (X, Y, Z) of blood: winding tubes in the fluid, more at the surface; the sinus.
+
+    A tube is where two random fields are both near zero.
+    """
+    stride = max(1, round(4 / chance.spacing))
+    outside = 1 - _fine(_coarse(mask.float(), stride), stride, chance.shape)
+    tubes = torch.exp(
+        -(chance.field(9).square() + chance.field(9).square()) / (0.05 + 0.2 * outside)
+    )
+    sinus = torch.exp(-midline.square() / (2 * 2.5**2)) * (2 * outside).clamp(max=1)
+    return brain[Tissue.CSF] * torch.maximum(tubes, sinus)
 
 
-def _signals(fractions: Tensor, mask: Tensor, dice: Dice) -> dict[Modality, Tensor]:
-    """Signed signal (N,) of each sequence for N voxels with fractions (8, N)."""
-    field = 1.5 if dice.uniform(0, 1) < 0.5 else 3.0
-    texture = [
-        (0.04 * dice.field(25.0) + 0.025 * dice.field(4.0))[mask] for _ in range(3)
-    ]
+def _tumor(
+    brain: Tensor, mask: Tensor, offset: Tensor, radius: float, chance: _Chance
+) -> tuple[Tensor, Tensor]:
+    """Fractions (3, X, Y, Z) in the order of TUMOR, and labels (X, Y, Z)."""
+    edge = 0.5 * chance.spacing  # mm over which a boundary is shared between voxels
+    distance = (offset * (0.2 * chance.normal(3)).exp()).square().sum(-1).sqrt()
+    depth = radius * (1 + 0.25 * chance.field(radius) + 0.08 * chance.field(5)) - distance
+    depth -= 4 * brain[Tissue.CSF]  # does not grow into ventricles and sulci
+    core = torch.sigmoid(depth / edge)
+    rim = chance.uniform(2, 5) + 1.5 * chance.field(9) + chance.field(4)
+    if chance.uniform(0, 1) < 0.15:
+        rim = rim - 100  # no enhancement: low grade
+    necrosis = core * torch.sigmoid((depth - rim) / edge)
 
-    def vary(value: float) -> float:
-        return value * math.exp(dice.uniform(-0.08, 0.08))
+    # Edema seeps from the core through white matter: a front that cortex and fluid hold back.
+    stride = max(1, round(2 / chance.spacing))
+    loose = brain[Tissue.WHITE] + 0.4 * brain[Tissue.DEEP] + 0.3 * brain[Tissue.CORTEX]
+    passes = 0.3 + 0.7 * _coarse(loose * mask, stride)
+    source = level = _coarse(core, stride)
+    for _ in range(20):
+        level = torch.maximum(source, passes * functional.avg_pool3d(level, 3, 1, 1))
+    level = _fine(level.clamp(min=1e-9).log(), stride, chance.shape)
+    extent = chance.uniform(1.5, 8.5)
+    edema = torch.sigmoid((level + extent + 0.8 * chance.field(6)) / 0.6) * loose * (1 - core)
 
-    def sequence(t1_of, signal) -> Tensor:
-        total = torch.zeros_like(texture[0])
-        for tissue in Tissue:
-            t1 = t1_of(tissue)
-            t2 = times[tissue][1] * (1 + texture[1])
-            pd = times[tissue][2] * (1 + 0.3 * texture[2])
-            total += fractions[tissue] * signal(t1, t2, pd)
-        return total
+    segmentation = torch.zeros(chance.shape, dtype=torch.uint8, device=chance.device)
+    segmentation[edema > 0.35] = ED
+    segmentation[core > 0.5] = ET
+    segmentation[necrosis > 0.5 * core.clamp(min=1e-3)] = 0
+    segmentation[(core > 0.5) & (necrosis > core / 2)] = NCR
+    return torch.stack([necrosis, core - necrosis, edema]), segmentation
 
-    times = {
-        tissue: (vary(c.t1_at(field)), vary(c.t2), vary(c.pd)) for tissue, c in CONSTANTS.items()
+
+def _mix(brain: Tensor, tumor: Tensor, blood: Tensor) -> Tensor:
+    """Fractions of all tissues (8, X, Y, Z), sum 1: the tumor in place of the brain."""
+    brain = brain.clone()
+    brain[Tissue.CSF] -= blood
+    healthy = torch.cat([brain, blood[None]]) * (1 - tumor.sum(0))
+    return torch.cat([healthy, tumor])
+
+
+def _signals(fractions: Tensor, mask: Tensor, chance: _Chance) -> dict[Modality, Tensor]:
+    """The signed signal (X, Y, Z) of each sequence, 0 outside the mask.
+
+    Relaxation times and sequences vary from case to case, and tissue a little from place to place.
+    """
+    field = 1.5 if chance.uniform(0, 1) < 0.5 else 3.0
+    csf_t1 = RELAXATION[Tissue.CSF].t1(field)
+    tr = chance.uniform(8000, 10000)
+    ti = nulling_time(csf_t1, tr) * chance.uniform(0.94, 1.02)
+    spin: Callable[..., Tensor] = spin_echo
+    sequences = {
+        Modality.T1N: partial(spin, tr=chance.uniform(450, 750), te=chance.uniform(8, 16)),
+        Modality.T1C: partial(spin, tr=chance.uniform(450, 750), te=chance.uniform(8, 16)),
+        Modality.T2W: partial(spin, tr=chance.uniform(3500, 8000), te=chance.uniform(80, 130)),
+        Modality.T2F: partial(inversion_recovery, tr=tr, te=chance.uniform(90, 140), ti=ti),
     }
-    uptake = {
-        Tissue.ENHANCING: dice.uniform(0.1, 0.5) * torch.exp(0.4 * dice.field(6.0))[mask],
-        Tissue.BLOOD: dice.uniform(0.8, 2.5),
-        Tissue.NECROSIS: dice.uniform(0.0, 0.06),
+    texture = torch.stack([0.04 * chance.field(25) + 0.025 * chance.field(4) for _ in range(3)])
+    lumps = 0.12 * chance.field(7) + 0.08 * chance.field(3)
+    uptake = {  # of contrast agent, mmol/l
+        Tissue.ENHANCING: chance.uniform(0.08, 0.4) * torch.exp(0.5 * chance.field(5)),
+        Tissue.BLOOD: chance.uniform(0.5, 2) * torch.ones_like(lumps),
     }
-
-    def native(tissue: Tissue) -> Tensor:
-        return times[tissue][0] * (1 + texture[0])
-
-    def contrast(tissue: Tissue) -> Tensor:
-        return enhanced_t1(native(tissue), uptake.get(tissue, 0.0))
-
-    t1w = [{"tr": dice.uniform(450, 750), "te": dice.uniform(8, 16)} for _ in range(2)]
-    t2w = {"tr": dice.uniform(3500, 8000), "te": dice.uniform(85, 140)}
-    tr = dice.uniform(8000, 10000)
-    ti = nulling_time(times[Tissue.CSF][0], tr) * dice.uniform(0.93, 1.0)
-    flair = {"tr": tr, "te": dice.uniform(90, 140), "ti": ti}
-    return {
-        Modality.T1N: sequence(native, lambda *x: spin_echo(*x, **t1w[0])),
-        Modality.T1C: sequence(contrast, lambda *x: spin_echo(*x, **t1w[1])),
-        Modality.T2W: sequence(native, lambda *x: spin_echo(*x, **t2w)),
-        Modality.T2F: sequence(native, lambda *x: inversion_recovery(*x, **flair)),
-    }
+    signals = {modality: torch.zeros(chance.shape, device=chance.device) for modality in sequences}
+    for tissue, relaxation in RELAXATION.items():
+        sizes = relaxation.t1(field), relaxation.t2, relaxation.pd
+        spread = 0.15 if tissue in TUMOR else 0.06
+        where = mask & (fractions[tissue] > 1e-3)
+        local = texture[:, where] + (lumps[where] if tissue in TUMOR else 0)
+        local[2] /= 3  # water content varies less
+        t1, t2, pd = (
+            size * math.exp(chance.uniform(-spread, spread)) * (1 + change)
+            for size, change in zip(sizes, local, strict=True)
+        )
+        for modality, sequence in sequences.items():
+            gadolinium = modality is Modality.T1C and tissue in uptake
+            now = enhanced(t1, uptake[tissue][where]) if gadolinium else t1
+            signals[modality][where] += fractions[tissue][where] * sequence(now, t2, pd)
+    return signals
 
 
-def _acquire(image: Tensor, mask: Tensor, dice: Dice) -> Tensor:
-    """Slices of some thickness, bias field and Rician noise; back on the grid."""
-    level = image[mask].median()
-    image = image * torch.exp(dice.uniform(0.03, 0.15) * dice.field(70.0))
-    thickness = dice.uniform(1, 5) if dice.uniform(0, 1) < 0.5 else 1.0
-    axis = int(dice.uniform(0, 3)) if dice.uniform(0, 1) < 0.3 else 2
-    sigma = level * dice.uniform(0.01, 0.04)
-    n = image.shape[axis]
-    x = torch.arange(n, device=image.device, dtype=torch.float32) * dice.spacing
-    step = max(thickness, dice.spacing)
-    c = torch.arange(0, math.ceil(n * dice.spacing / step) + 1, device=image.device) * step
-    away = (x[:, None] - c) / step
-    down = torch.exp(-0.5 * (away / 0.42) ** 2) if step > dice.spacing else (away.abs() < 0.5).float()
-    up = (1 - away.abs()).clamp(min=0)
-    weight = torch.tensordot(mask.float(), down, dims=([axis], [0]))
-    slices = torch.tensordot(image * mask, down, dims=([axis], [0])) / weight.clamp(min=1e-3)
-    noise = sigma * dice.normal(2, *slices.shape)
-    slices = ((slices + noise[0]).square() + noise[1].square()).sqrt()
-    up = up / up.sum(1, keepdim=True)
-    return torch.tensordot(slices, up, dims=([2], [1])).movedim(-1, axis)
+def _acquire(signal: Tensor, mask: Tensor, chance: _Chance) -> Tensor:
+    """Magnitude image (X, Y, Z): bias field, slices of some thickness, Rician noise."""
+    bias = torch.exp(chance.uniform(0.03, 0.15) * chance.field(70))
+    axis = 2 if chance.uniform(0, 1) < 0.8 else int(chance.uniform(0, 3))
+    thick = chance.uniform(1, 6 if axis == 2 else 4) if chance.uniform(0, 1) < 0.5 else 1
+    noise = chance.uniform(0.01, 0.05) * signal[mask].abs().median()
+    step = max(thick, chance.spacing)
+    place = torch.arange(signal.shape[axis], device=chance.device) * chance.spacing
+    slices = torch.arange(0, float(place[-1]) + step, step, device=chance.device)
+    apart = (place[:, None] - slices) / step
+    profile = torch.exp(-((apart / 0.42) ** 2) / 2)  # full width at half maximum: one slice
+    if step == chance.spacing:
+        profile = (apart.abs() < 0.5).float()
+    inside = torch.tensordot(mask.float(), profile, dims=([axis], [0]))
+    acquired = torch.tensordot(signal * bias * mask, profile, dims=([axis], [0]))
+    acquired /= inside.clamp(min=1e-3)  # the brain alone: what was around it is stripped later
+    image = rician(acquired, chance.normal(2, *acquired.shape) * noise)
+    between = (1 - apart.abs()).clamp(min=0)
+    return torch.tensordot(image, between, dims=([2], [1])).movedim(-1, axis)
+
+
+def rician(signal: Tensor, noise: Tensor) -> Tensor:
+    """The magnitude of a real signal (...) plus complex noise, its two parts (2, ...)."""
+    return torch.hypot(signal + noise[0], noise[1])
+
+
+def _coarse(volume: Tensor, stride: int) -> Tensor:
+    """(X, Y, Z) -> (1, 1, X/stride, ...), block means."""
+    return functional.avg_pool3d(volume[None, None], stride, ceil_mode=True)
+
+
+def _fine(volume: Tensor, stride: int, shape: Shape) -> Tensor:
+    """(1, 1, X/stride, ...) -> (X, Y, Z), linear; back from `_coarse`."""
+    fine = functional.interpolate(volume, scale_factor=stride, mode="trilinear")[0, 0]
+    return fine[: shape[0], : shape[1], : shape[2]]
+
+
+def _fit(volume: Tensor, shape: Shape) -> Tensor:
+    """Zeros around, to `shape`."""
+    pads: list[int] = []
+    for n, wanted in zip(reversed(volume.shape), reversed(shape), strict=True):
+        pads += [(wanted - n) // 2, wanted - n - (wanted - n) // 2]
+    return functional.pad(volume, pads)

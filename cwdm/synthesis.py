@@ -20,16 +20,24 @@ from cwdm.case import Case, read_case
 from cwdm.coefficients import decode
 from cwdm.conditioning import condition
 from cwdm.errors import InputError
-from cwdm.files import sha256
+from cwdm.files import check_target, sha256
 from cwdm.intensity import NORMALIZATIONS
 from cwdm.modality import Modality, others, parse_modality
 from cwdm.model import Model, default_model, load_model
 from cwdm.preparation import prepare
 from cwdm.provenance import Provenance, Source, warnings_for
-from cwdm.sampling import SAMPLERS, clamped, sample
+from cwdm.sampling import SAMPLERS, clamped, noise_stream, sample
 from cwdm.volume import Volume, is_synthetic, read_volumes, write_volume
 
-__all__ = ["Precision", "Synthesis", "Synthesizer", "choose_device", "choose_bf16", "synthesize"]
+__all__ = [
+    "Precision",
+    "Synthesis",
+    "Synthesizer",
+    "choose_bf16",
+    "choose_device",
+    "output_paths",
+    "synthesize",
+]
 
 Precision = Literal["auto", "fp32", "bf16"]
 Progress = Callable[[int, int], None]
@@ -43,22 +51,21 @@ class Synthesis:
     volume: Volume
     """Voxels in canonical orientation, scanner units; the grid is that of the case."""
     provenance: Provenance
+    case: Case
 
     def write(self, folder: Path, *, overwrite: bool = False) -> Path:
         """Write ``<id>-<modality>.nii.gz`` and ``.json`` into ``folder``; returns the image's path.
 
         Raises:
-            InputError: a file is there already (with ``overwrite``, only one that is not marked as
-                synthetic stops it), or the folder cannot be written.
+            InputError: one of the two is there already (with ``overwrite``: is an image of the case,
+                or not made by cwdm), or the folder cannot be written.
         """
-        stem = f"{self.provenance.case}-{self.provenance.target}"
-        image, sidecar = Path(folder) / f"{stem}.nii.gz", Path(folder) / f"{stem}.json"
-        if overwrite and image.exists() and not is_synthetic(image):
-            raise InputError(f"{image}: is not marked as synthetic and is never overwritten")
-        if not overwrite and sidecar.exists():
-            raise InputError(f"{sidecar}: already exists, expected a new file or --overwrite")
-        description = self.provenance.description
-        write_volume(self.volume.voxels, self.volume, image, description, overwrite)
+        image, sidecar = output_paths(
+            self.case, self.provenance.target, folder, overwrite=overwrite
+        )
+        write_volume(
+            self.volume.voxels, self.volume, image, self.provenance.description, overwrite
+        )
         self.provenance.write(sidecar, overwrite=overwrite)
         return image
 
@@ -140,18 +147,20 @@ class Synthesizer:
         denoise = clamped(
             partial(self._denoise, cond=cond), normalization.low, normalization.high
         )
-        generator = torch.Generator().manual_seed(seed)
-        x_T = torch.randn((1, 8, *cond.shape[2:]), generator=generator).to(self.device)
-        times = schedule.timesteps(steps)
-        x = x_T
+        draw = noise_stream((1, 8, *cond.shape[2:]), seed, self.device)
         chain = sample(
-            denoise, x_T, schedule, step=SAMPLERS[sampler], times=times, generator=generator
+            denoise,
+            draw(),
+            schedule,
+            draw=draw,
+            step=SAMPLERS[sampler],
+            times=schedule.timesteps(steps),
         )
-        for done, x in enumerate(chain, start=1):
+        for done, x_0 in enumerate(chain, start=1):
             if progress:
                 progress(done, steps)
         scale = self.model.prior.predict(prepared.scales)
-        voxels = prepared.restore(decode(x)[0, 0], scale)
+        voxels = prepared.restore(decode(x_0)[0, 0], scale)
         if all(volume.voxels.min() >= 0 for volume in volumes.values()):
             voxels = voxels.clip(min=0)
         provenance = Provenance(
@@ -175,7 +184,7 @@ class Synthesizer:
             seconds=round(time.perf_counter() - start, 3),
             warnings=warnings_for(target, absent),
         )
-        return Synthesis(replace(volumes[sources[0]], voxels=voxels), provenance)
+        return Synthesis(replace(volumes[sources[0]], voxels=voxels), provenance, case)
 
     def _absent(self, case: Case) -> tuple[Modality, ...]:
         """Conditioning modalities the case lacks; InputError if the model cannot do without."""
@@ -198,6 +207,24 @@ class Synthesizer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             estimate: Tensor = self.denoiser(x_t, times, cond)
         return estimate.float()
+
+
+def output_paths(
+    case: Case, target: Modality, folder: Path, *, overwrite: bool = False
+) -> tuple[Path, Path]:
+    """Where the image and its sidecar go.
+
+    Raises:
+        InputError: as ``check_target``; or the image would replace an acquired one of the case.
+    """
+    stem = Path(folder) / f"{case.id}-{target}"
+    image, sidecar = Path(f"{stem}.nii.gz"), Path(f"{stem}.json")
+    for acquired in case.images.values():
+        if image.exists() and image.samefile(acquired) and not is_synthetic(image):
+            raise InputError(f"{image}: was acquired and is never overwritten")
+    check_target(image, overwrite)
+    check_target(sidecar, overwrite)
+    return image, sidecar
 
 
 def synthesize(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -186,7 +186,7 @@ def _save(
         tensors |= {f"optimizer.{index}.{name}": value for name, value in slots.items()}
     metadata = {"config": json.dumps(config.as_dict()), "step": str(step)}
     with atomic_write(path, overwrite=True) as temporary:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
+        temporary.write_bytes(save({k: v.contiguous() for k, v in tensors.items()}, metadata))
 
 
 def _restore(

@@ -1,5 +1,6 @@
 """Fixtures that several test modules share."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,10 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+
+from cwdm.unet import UNet, UNetConfig
 
 Ball = Callable[[tuple[int, int, int]], NDArray[np.float64]]
 
@@ -73,3 +77,70 @@ def make_case(make_image: Callable[..., Path], tmp_path: Path) -> Callable[..., 
         return tmp_path / folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def golden(request: pytest.FixtureRequest) -> Callable[[str], dict[str, NDArray[Any]]]:
+    """Load numbers the published implementation made; the larger files only where they are."""
+
+    def load(name: str) -> dict[str, NDArray[Any]]:
+        path = Path(__file__).parent / "data" / f"{name}.npz"
+        if not path.exists():
+            path = request.getfixturevalue("shared") / "golden" / f"{name}.npz"
+        with np.load(path) as file:
+            return dict(file)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def golden_unet(request: pytest.FixtureRequest) -> Callable[[str], UNet]:
+    """Make a U-Net with the weights of the golden numbers, which come from a seed."""
+
+    def make(name: str) -> UNet:
+        path = Path(__file__).parent / "data" / "unet_meta.json"
+        entry = json.loads(path.read_text()).get(name)
+        if entry is None:
+            path = request.getfixturevalue("shared") / "golden" / "unet_meta.json"
+            entry = json.loads(path.read_text())[name]
+        published = entry["config"]
+        config = UNetConfig(
+            channels=published["num_channels"],
+            multipliers=tuple(int(m) for m in published["channel_mult"].split(",")),
+            res_blocks=published["num_res_blocks"],
+            groups=published["num_groups"],
+            additive_skips=published["additive_skips"],
+            scale_shift=published["use_scale_shift_norm"],
+            resample_in_blocks=published.get("resblock_updown", True),
+            resample_x=not published["resample_2d"],
+            attention_factors=tuple(
+                published["image_size"] // int(size)
+                for size in published["attention_resolutions"].split(",")
+                if size
+            ),
+            middle_attention=published["bottleneck_attention"],
+            heads=published["num_heads"],
+        )
+        unet = UNet(config, published["in_channels"]).eval()
+        unet.load_state_dict(_golden_weights(entry))
+        return unet
+
+    return make
+
+
+def _golden_weights(entry: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Uniform numbers from one seeded stream, key by key, scaled by the kind of parameter."""
+    rng = np.random.default_rng(entry["weight_seed"])
+    weights = {}
+    for name, shape in entry["keys"]:
+        value = 2 * rng.random(tuple(shape), dtype=np.float32) - 1
+        if len(shape) >= 2:
+            value = value * np.float32(np.sqrt(3 / np.prod(shape[1:])))
+        else:
+            value = value * np.float32(0.2) + 1 if name.endswith("weight") else value * np.float32(0.1)
+        if name.startswith("out.2."):
+            value = value * np.float32(entry["out_gain"])
+            if name.endswith("bias"):
+                value[0] += np.float32(entry["lll_bias"])
+        weights[name] = torch.from_numpy(value.astype(np.float32))
+    return weights

@@ -104,8 +104,11 @@ def test_ridge_equals_the_normal_equations(sample: VoxelSample) -> None:
     np.testing.assert_allclose(actual, expected, atol=1e-3)
 
 
-def test_boosting_finds_what_is_not_linear_and_ridge_does_not(sample: VoxelSample) -> None:
+def test_boosting_finds_what_is_not_linear_and_ridge_does_not(
+    sample: VoxelSample, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("sklearn")
+    monkeypatch.setattr("cwdm.floors.BOOSTING_ROUNDS", 60)
     volumes = case(9)
     truth = volumes[T2F].voxels
     brain = brain_mask(volumes[T2F])

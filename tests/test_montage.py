@@ -1,4 +1,4 @@
-"""The picture: geometry, orientation, windows and words. That it looks right, people have to see."""
+"""The picture: geometry, orientation and words. Whether it looks good, people have to see."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_panels_keep_the_shape_of_the_brain_in_millimetres(
 ) -> None:
     """An ellipsoid of 32 x 40 x 28 voxels, of 1 x 1 x 3 mm."""
     row = panels(draw(images, brain, spacing_mm=(1.0, 1.0, 3.0)))[1]
-    coronal = row[3][..., 0][:, :-70] > BLACK_ON_DARK
+    coronal = row[1][..., 0] > BLACK_ON_DARK
     heights, widths = np.flatnonzero(coronal.any(axis=1)), np.flatnonzero(coronal.any(axis=0))
     ratio = (heights[-1] - heights[0]) / (widths[-1] - widths[0])
     assert ratio == pytest.approx(28 * 3 / 32, rel=0.1)

@@ -122,9 +122,11 @@ def test_any_grid_comes_back_exactly(
         )
 
 
-@pytest.mark.parametrize("folder", ["odd", "val", "train"])
-def test_real_cases_come_back_exactly(shared: Path, folder: str, tmp_path: Path) -> None:
-    for case in find_cases(shared / "data" / folder)[:3]:
+@pytest.mark.parametrize(("folder", "n_cases"), [("odd", 3), ("val", 1), ("train", 1)])
+def test_real_cases_come_back_exactly(
+    shared: Path, folder: str, n_cases: int, tmp_path: Path
+) -> None:
+    for case in find_cases(shared / "data" / folder)[:n_cases]:
         volumes = read_volumes(case, Modality)
         name, volume = next(iter(volumes.items()))
         for masked in map(brain_mask, volumes.values()):

@@ -1,0 +1,373 @@
+"""Withholding, comparing with floors, tables, and the command."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from numpy.typing import NDArray
+
+from cwdm.case import Case, read_case
+from cwdm.cli.main import cwdm
+from cwdm.errors import InputError
+from cwdm.evaluate import (
+    FILES,
+    Predictions,
+    Score,
+    compare,
+    complete_cases,
+    draw_sample,
+    evaluate,
+    fit_regressions,
+    markdown,
+    picture,
+    summarize,
+    tabulate,
+    verdicts,
+    write_tables,
+)
+from cwdm.metrics import Aligned, mae, psnr, ssim
+from cwdm.modality import Modality
+from cwdm.volume import brain_mask, read_volume
+
+MakeImage = Callable[..., Path]
+MakePatient = Callable[..., Case]
+SHAPE = (24, 22, 20)
+T1N, T1C, T2W, T2F = Modality
+
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boosting is quick on these few voxels."""
+    monkeypatch.setattr("cwdm.floors.BOOSTING_ROUNDS", 60)
+
+
+@pytest.fixture
+def make_patient(make_image: MakeImage) -> MakePatient:
+    """Write a small case in which FLAIR is a function of the other three, stored LPS."""
+
+    def make(case_id: str = "p1", seed: int = 0, root: str = "cases") -> Case:
+        generator = np.random.default_rng(seed)
+        grid = np.indices(SHAPE) - (np.array(SHAPE).reshape(3, 1, 1, 1) - 1) / 2
+        brain = ((grid / np.array([10, 9, 8]).reshape(3, 1, 1, 1)) ** 2).sum(axis=0) < 1
+        a, b, c = generator.uniform(100, 200, (3, *SHAPE))
+        images = {T1N: a, T1C: b, T2W: c, T2F: 3 * a - b + 0.02 * (c - 150) ** 2}
+        for modality, voxels in images.items():
+            stored = np.where(brain, voxels, 0).round().astype(np.int16)
+            make_image(f"{root}/{case_id}/{case_id}-{modality}.nii.gz", voxels=stored)
+        labels = np.zeros(SHAPE, dtype=np.uint8)
+        labels[8:14, 8:13, 7:12], labels[9:11, 9:11, 8:10] = 2, 3
+        path = make_image(f"{root}/{case_id}/{case_id}-seg.nii.gz", voxels=labels)
+        return read_case(path.parent)
+
+    return make
+
+
+def perfect(case: Case, target: Modality) -> NDArray[np.floating]:
+    """The truth, found in the folder of the case."""
+    folder = next(iter(case.images.values())).parent
+    return read_volume(folder / f"{case.id}-{target}.nii.gz").voxels
+
+
+def test_the_predictor_never_gets_the_target(make_patient: MakePatient) -> None:
+    seen = []
+
+    def predict(case: Case, target: Modality) -> NDArray[np.floating]:
+        seen.append((target, case.missing))
+        return perfect(case, target)
+
+    evaluate([make_patient()], predict)
+    assert seen == [(target, (target,)) for target in Modality]
+
+
+def test_one_row_per_modality_method_and_region(make_patient: MakePatient) -> None:
+    table = evaluate([make_patient("p1"), make_patient("p2", 1)], perfect, name="ours")
+    assert len(table) == 2 * 4 * (1 + 3) * 2
+    assert not table.duplicated(["case", "modality", "method", "region"]).any()
+    flair = table[(table["modality"] == "t2f") & (table["case"] == "p1")]
+    assert list(flair["method"].unique()) == ["ours", "copy t1n", "copy t1c", "copy t2w"]
+    assert set(table.loc[table["method"] == "ours", "kind"]) == {"model"}
+
+
+def test_a_perfect_prediction_in_other_units_has_ssim_one(make_patient: MakePatient) -> None:
+    table = evaluate([make_patient()], lambda case, target: 0.1 * perfect(case, target) + 5)
+    ours = table[table["method"] == "cwdm"]
+    assert (ours["ssim"] > 0.9999).all()
+    assert (ours["mae"] < 1e-4).all()
+    assert (ours["psnr"] > 80).all()
+
+
+def test_figures_are_those_of_the_metrics_in_brain_and_tumor(make_patient: MakePatient) -> None:
+    case = make_patient()
+    table = evaluate([case], None, targets=[T2F]).set_index(["method", "region"])
+    truth, copy = (read_volume(case.images[m]) for m in (T2F, T1N))
+    assert case.segmentation is not None
+    tumor = read_volume(case.segmentation).voxels > 0
+    aligned = Aligned.of(copy.voxels, truth.voxels, brain_mask(truth))
+    for region, where in (("brain", aligned.brain), ("tumour", tumor[aligned.box])):
+        row = table.loc["copy t1n", region]
+        pair = (aligned.prediction, aligned.truth, where)
+        assert row["psnr"] == pytest.approx(psnr(*pair))
+        assert row["ssim"] == pytest.approx(ssim(*pair), abs=1e-6)
+        assert row["mae"] == pytest.approx(mae(*pair))
+        assert row["voxels"] == where.sum()
+
+
+def test_without_a_segmentation_there_is_no_tumor_row(make_patient: MakePatient) -> None:
+    case = make_patient()
+    bare = Case(case.id, case.images)
+    assert set(evaluate([bare], None, targets=[T2F])["region"]) == {"brain"}
+
+
+def test_fitted_regressions_stand_beside_the_copies_and_beat_them(
+    make_patient: MakePatient,
+) -> None:
+    pytest.importorskip("sklearn")
+    sample = draw_sample([make_patient("f1", 5), make_patient("f2", 6)])
+    table = evaluate(
+        [make_patient()], None, targets=[T2F], regressions=fit_regressions(sample, [T2F, T1N])
+    )
+    brain = table[table["region"] == "brain"].set_index("method")["psnr"]
+    assert list(brain.index) == ["copy t1n", "copy t1c", "copy t2w", "ridge", "boosting"]
+    assert brain["boosting"] > brain["ridge"] > brain[["copy t1n", "copy t1c", "copy t2w"]].max()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda voxels: voxels[1:], r"shape \(23, 22, 20\), expected \(24, 22, 20\)"),
+        (lambda voxels: voxels * np.nan, "NaN"),
+    ],
+)
+def test_a_bad_prediction_is_refused_by_name(
+    make_patient: MakePatient,
+    spoil: Callable[[NDArray[np.floating]], NDArray[np.floating]],
+    message: str,
+) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        evaluate([make_patient()], lambda case, target: spoil(perfect(case, target)), name="ours")
+    assert "ours: t1n of case p1" in str(error.value)
+
+
+def test_a_segmentation_on_another_grid_is_refused(
+    make_patient: MakePatient, make_image: MakeImage
+) -> None:
+    case = make_patient()
+    labels = np.zeros((8, 8, 8), dtype=np.uint8)
+    labels[2:5] = 1
+    wrong = Case(case.id, case.images, make_image("other/p1-seg.nii.gz", voxels=labels))
+    with pytest.raises(InputError, match="two grids"):
+        evaluate([wrong], None)
+
+
+def test_incomplete_cases_are_left_out_and_none_is_an_error(make_patient: MakePatient) -> None:
+    case = make_patient()
+    assert complete_cases([case, case.without(T1C)]) == [case]
+    with pytest.raises(InputError, match="no case with all of t1n, t1c, t2w, t2f"):
+        complete_cases([case.without(T1C)])
+
+
+def test_predictions_are_found_anywhere_below_a_folder(
+    make_patient: MakePatient, make_image: MakeImage, tmp_path: Path
+) -> None:
+    case = make_patient()
+    voxels = np.random.default_rng(0).uniform(1, 9, SHAPE).astype(np.float32)
+    make_image("pred/a/b/p1-t2f.nii.gz", voxels=voxels)
+    make_image("pred/p1-t2f-mean.nii.gz", voxels=voxels)
+    predictions = Predictions.find(tmp_path / "pred", [case])
+    assert predictions.targets == (T2F,)
+    read = predictions(case.without(T2F), T2F)
+    np.testing.assert_array_equal(read, voxels[::-1, ::-1])  # stored LPS, canonical is RAS
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ((), "found no prediction, expected names like p1-t1n.nii.gz"),
+        (("pred/p1-t2f.nii.gz", "pred/x/p1-t2f.nii"), "two predictions of one image"),
+    ],
+)
+def test_a_folder_without_or_with_doubtful_predictions_is_refused(
+    make_patient: MakePatient,
+    make_image: MakeImage,
+    tmp_path: Path,
+    files: tuple[str, ...],
+    message: str,
+) -> None:
+    case = make_patient()
+    (tmp_path / "pred").mkdir()
+    for file in files:
+        make_image(file)
+    with pytest.raises(InputError, match=message):
+        Predictions.find(tmp_path / "pred", [case])
+
+
+def test_the_truth_is_not_accepted_as_its_own_prediction(
+    make_patient: MakePatient, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="is the truth itself"):
+        Predictions.find(tmp_path, [make_patient()])
+
+
+def test_leaving_out_a_difficult_case_is_refused(
+    make_patient: MakePatient, make_image: MakeImage, tmp_path: Path
+) -> None:
+    cases = [make_patient("p1"), make_patient("p2", 1)]
+    make_image("pred/p1-t2f.nii.gz")
+    predictions = Predictions.find(tmp_path / "pred", cases)
+    with pytest.raises(InputError, match=r"1 of 2 predictions are missing, such as p2-t2f"):
+        predictions.require(cases, [T2F])
+
+
+def test_a_prediction_on_another_grid_is_refused_with_both_files(
+    make_patient: MakePatient, make_image: MakeImage, tmp_path: Path
+) -> None:
+    case = make_patient()
+    make_image("pred/p1-t2f.nii.gz", affine=np.diag([-1.0, -1.0, 1.0, 1.0]))
+    predictions = Predictions.find(tmp_path / "pred", [case])
+    with pytest.raises(InputError, match=r"p1-t1n.nii.gz and .*pred/p1-t2f.nii.gz"):
+        predictions(case.without(T2F), T2F)
+
+
+def score(method: str, psnr: float, ssim: float, **other: Any) -> Score:
+    kind = "floor" if method in ("ridge", "copy t1n") else "model"
+    fields = {"case": "a", "modality": "t2f", "region": "brain", "voxels": 9, "mae": 0.1} | other
+    return Score(method=method, kind=kind, psnr=float(psnr), ssim=ssim, **fields)
+
+
+@pytest.fixture
+def table() -> pd.DataFrame:
+    return tabulate(
+        [
+            score("copy t1n", 10, 0.5),
+            score("ridge", 20, 0.6),
+            score("ours", 24, 0.55),
+            score("ridge", 22, 0.8, case="b"),
+            score("copy t1n", 10, 0.3, case="b"),
+            score("ours", 26, 0.65, case="b", mae=0.05),
+            score("ours", 15, 0.4, region="tumour"),
+            score("copy t1n", 31, 0.9, modality="t1c"),
+            score("ours", 32, 0.95, modality="t1c"),
+        ]
+    )
+
+
+def test_the_summary_averages_over_cases_and_puts_the_model_first(table: pd.DataFrame) -> None:
+    summary = summarize(table)
+    assert list(summary["modality"].unique()) == ["t1c", "t2f"]
+    flair = summary[(summary["modality"] == "t2f") & (summary["region"] == "brain")]
+    assert list(flair["method"]) == ["ours", "ridge", "copy t1n"]
+    assert list(flair["cases"]) == [2, 2, 2]
+    assert list(flair["psnr"]) == pytest.approx([25, 21, 10])
+    assert list(flair["ssim"]) == pytest.approx([0.6, 0.7, 0.4])
+
+
+def test_the_verdict_names_the_floor_that_is_ahead(table: pd.DataFrame) -> None:
+    assert verdicts(summarize(table)) == [
+        "t1c: ours beats every floor.",
+        "t2f: ours is not better than every floor (SSIM: ridge regression).",
+    ]
+
+
+def test_the_markdown_table_marks_the_best_of_each_column(table: pd.DataFrame) -> None:
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in markdown(summarize(table)).splitlines()
+    ]
+    assert lines[0][:5] == ["modality", "method", "PSNR brain", "SSIM brain", "MAE brain"]
+    assert len({len(line) for line in lines}) == 1
+    rows = {(line[0], line[1]): line[2:] for line in lines[2:]}
+    assert rows["t2f", "ours"] == [
+        "**25.00**",
+        "0.600",
+        "**0.075**",
+        "**15.00**",
+        "**0.400**",
+        "**0.100**",
+    ]
+    assert rows["t2f", "ridge regression"] == ["21.00", "**0.700**", "0.100", "", "", ""]
+
+
+def test_files_hold_the_tables_and_the_json_has_no_infinity(
+    table: pd.DataFrame, tmp_path: Path
+) -> None:
+    table.loc[table["method"] == "ours", "psnr"] = math.inf
+    paths = write_tables(table, tmp_path / "out", notes={"seed": 3})
+    assert [path.name for path in paths] == list(FILES)
+    pd.testing.assert_frame_equal(pd.read_csv(paths[0]), table, check_dtype=False)
+    record = json.loads(paths[2].read_text(), parse_constant=pytest.fail)
+    assert record["seed"] == 3
+    assert record["cases"] == ["a", "b"]
+    assert record["summary"][0]["psnr"] is None
+    assert "SSIM" in paths[3].read_text()
+    with pytest.raises(InputError, match="already exists"):
+        write_tables(table, tmp_path / "out", notes={})
+
+
+def test_a_comparison_can_be_drawn_if_something_was_predicted(make_patient: MakePatient) -> None:
+    case = make_patient()
+    (drawn,) = compare(case, perfect, targets=[T2F])
+    assert picture(drawn).size[0] > 800
+    (floors,) = compare(case, None, targets=[T2F])
+    with pytest.raises(ValueError, match="no picture"):
+        picture(floors)
+
+
+@pytest.fixture
+def judged(make_patient: MakePatient, make_image: MakeImage, tmp_path: Path) -> list[str]:
+    """Arguments for a run with one case under truth/, its FLAIR predicted and one to fit on."""
+    case = make_patient("p1", root="truth")
+    make_patient("p2", 1, root="fit")
+    truth = read_volume(case.images[T2F]).voxels[::-1, ::-1]
+    noise = np.random.default_rng(0).normal(0, 1, SHAPE)
+    predicted = np.where(truth > 0, truth + noise, 0).astype(np.float32)
+    make_image("pred/p1-t2f.nii.gz", voxels=predicted)
+    folders = ("truth", "pred", "fit", "output")
+    return ["evaluate", *(f"--{each}={tmp_path / each}" for each in folders), "--name", "ours"]
+
+
+def test_the_command_judges_a_folder_of_predictions(judged: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    result = CliRunner().invoke(cwdm, [*judged, "--pictures"], standalone_mode=True)
+    assert result.exit_code == 0, result.output
+    assert "t2f: ours beats every floor." in result.output
+    assert {path.name for path in (tmp_path / "output").iterdir()} == {*FILES, "p1-t2f.png"}
+    summary = pd.read_csv(tmp_path / "output" / "summary.csv")
+    assert summary["method"].iloc[0] == "ours"
+    assert {"ridge", "boosting", "copy t1n"} <= set(summary["method"])
+    record = json.loads((tmp_path / "output" / "summary.json").read_text())
+    assert record["floors fitted on"] == ["p2"]
+
+
+def test_the_command_refuses_to_overwrite_before_it_works(
+    judged: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "summary.md").write_text("mine")
+    result = CliRunner().invoke(cwdm, judged)
+    assert result.exit_code == 2
+    assert "summary.md: already exists" in result.stderr
+    assert (tmp_path / "output" / "summary.md").read_text() == "mine"
+
+
+def test_floors_may_not_be_fitted_on_the_truth(judged: list[str], tmp_path: Path) -> None:
+    arguments = [a if not a.startswith("--fit") else f"--fit={tmp_path / 'truth'}" for a in judged]
+    result = CliRunner().invoke(cwdm, arguments)
+    assert result.exit_code == 2
+    assert "case p1 is also among --truth" in result.stderr
+
+
+def test_without_cases_to_fit_on_the_command_says_what_is_missing(
+    judged: list[str], tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(cwdm, [a for a in judged if not a.startswith("--fit")])
+    assert result.exit_code == 0, result.output
+    assert "the only floors are copies" in result.stderr
+    assert "ridge" not in result.stdout

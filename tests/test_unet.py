@@ -1,0 +1,64 @@
+"""The U-Net against the published one: names, shapes and outputs."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from cwdm.unet import UNet, UNetConfig, timestep_embedding
+
+NAMES = [
+    *("u16_add_in8", "u16_attn_film_conv", "u16_cat_in32", "u16_cat_in32_e2e"),
+    *("u16_resample2d", "u32_add_in8", "u32_cat_in8", "u32_cat_in32"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_output_equals_the_published_one(name, golden, golden_unet):
+    numbers = {k: torch.from_numpy(v) for k, v in golden(f"unet_{name}").items()}
+    unet = golden_unet(name)
+    with torch.no_grad():
+        for case in "ab":
+            y = unet(numbers[f"x_{case}"], numbers[f"t_{case}"])
+            assert_close(y, numbers[f"y_{case}"], rtol=0, atol=2e-5)
+
+
+def test_timestep_embedding_equals_the_published_one(golden):
+    numbers = golden("timestep_embedding")
+    for dim in (32, 64, 65):
+        embedding = timestep_embedding(torch.from_numpy(numbers["t"]), dim)
+        assert_close(embedding, torch.from_numpy(numbers[f"emb_{dim}"]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("file", "in_channels", "settings"),
+    [
+        ("cwdm_unet_224", 32, {}),
+        ("wdm_unet_128", 8, {"additive_skips": True}),
+        ("wdm_unet_256", 8, {"additive_skips": True, "multipliers": (1, 2, 2, 4, 4, 4)}),
+    ],
+)
+def test_parameters_are_named_and_shaped_as_published(file, in_channels, settings, shared):
+    lines = (shared / "golden" / f"keys_{file}.txt").read_text().splitlines()
+    published = [line for line in lines if line and not line.startswith("#")]
+    with torch.device("meta"):
+        unet = UNet(UNetConfig(**settings), in_channels)
+    ours = [f"{key}\t{tuple(value.shape)}" for key, value in unet.state_dict().items()]
+    assert ours == published
+
+
+def test_untrained_network_returns_zero():
+    config = UNetConfig(channels=8, multipliers=(1, 2), res_blocks=1, groups=4)
+    y = UNet(config, 16)(torch.randn(2, 16, 4, 4, 8), torch.tensor([0, 999]))
+    assert y.shape == (2, 8, 4, 4, 8)
+    assert y.abs().max() == 0
+
+
+def test_grid_the_levels_cannot_halve_is_refused():
+    config = UNetConfig(channels=8, multipliers=(1, 1, 1), res_blocks=1, groups=4)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        UNet(config, 8)(torch.zeros(1, 8, 4, 4, 6), torch.tensor([0]))
+
+
+def test_groups_that_do_not_divide_the_width_are_refused():
+    with pytest.raises(ValueError, match="groups"):
+        UNetConfig(channels=20, groups=8)
