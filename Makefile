@@ -56,7 +56,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	    echo "Name yours: make env PYTHON=/path/to/python3.11" >&2; \
 	    exit 1; \
 	fi; \
-	echo "Making $(VENV) with $$python and installing (a few minutes, about 1.5 GB on disk) ..."; \
+	echo "Making $(VENV) with $$python and installing (a few minutes, about 2 GB on disk) ..."; \
 	"$$python" -m venv --clear $(VENV)
 	@index=; \
 	if [ -n "$(TORCH_INDEX)" ] && [ "$$(uname -s)" = Linux ]; then \

@@ -72,8 +72,8 @@ def synthesize(
     targets = [parse_modality(name) for name in missing] or list(case.missing)
     if not targets:
         raise InputError(f"{folder}: no modality is missing, expected --missing MODALITY")
-    acquired = case.without(*targets)
     for target in dict.fromkeys(targets):
+        acquired = case.without(*(other for other in targets if other != target))
         output_paths(case, target, output, overwrite=overwrite)  # fail before the work, not after
         synthesizer = Synthesizer.load(target, model, device=device, precision=precision)  # type: ignore[arg-type]
         with tqdm(desc=f"{case.id} {target}", unit="step") as bar:

@@ -122,8 +122,8 @@ def from_labels(path: Path) -> Anatomy:
     labels = labels[tuple(nearest)]
     maps = np.stack([_is(tissue, labels) for tissue in CHANNELS]).astype(np.float32)
     maps[Tissue.CSF] += 1 - maps.sum(0)  # what has no label in the mask
-    maps = ndimage.gaussian_filter(maps, (0, *(BLUR_MM / spacing)), truncate=3)
-    return _anatomy(maps, mask, volume.affine)
+    blurred = ndimage.gaussian_filter(maps, (0, *(BLUR_MM / spacing)), truncate=3)
+    return _anatomy(blurred.astype(np.float32), mask, volume.affine)
 
 
 def find_label_maps(folder: Path) -> list[Path]:

@@ -24,8 +24,8 @@ from cwdm.files import atomic_write
 from cwdm.floors import CaseFeatures, VoxelRegression, VoxelSample
 from cwdm.metrics import Aligned, mae, psnr, ssim_map
 from cwdm.modality import Modality, others
-from cwdm.montage import montage
-from cwdm.volume import Volume, brain_mask, read_volume, read_volumes
+from cwdm.montage import montage, voxel_size_mm
+from cwdm.volume import Volume, brain_mask, read_labels, read_volumes
 
 __all__ = [
     "FILES",
@@ -137,7 +137,7 @@ def compare(
         InputError: a modality is absent or unreadable, or a prediction lies on another grid.
     """
     volumes = read_volumes(case, Modality)
-    tumor = _tumor(case.segmentation, volumes[targets[0]]) if case.segmentation else None
+    tumor = read_labels(case.segmentation, volumes[targets[0]]) > 0 if case.segmentation else None
     features = CaseFeatures.of(volumes) if regressions else None
     for target in targets:
         truth = volumes[target]
@@ -316,13 +316,12 @@ def picture(comparison: Comparison) -> Image.Image:
     truth = comparison.volumes[comparison.target]
     floors = [s for s in comparison.scores if s.kind == "floor" and s.region == "brain"]
     best = max(floors, key=lambda score: score.psnr)
-    x, y, z = np.linalg.norm(truth.affine[:3, :3], axis=0)
     return montage(
         {m: comparison.volumes[m].voxels for m in others(comparison.target)},
         comparison.predicted,
         comparison.target,
         brain=brain_mask(truth),
-        spacing_mm=(float(x), float(y), float(z)),
+        spacing_mm=voxel_size_mm(truth.affine),
         truth=truth.voxels,
         tumor=comparison.tumor,
         case_id=comparison.case.id,
@@ -371,17 +370,6 @@ def write_tables(
         with atomic_write(path, overwrite) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return paths
-
-
-def _tumor(path: Path, like: Volume) -> Mask:
-    """(X, Y, Z): all labels of a segmentation that lies on the grid of `like`."""
-    labels = read_volume(path)
-    if labels.voxels.shape != like.voxels.shape or not np.allclose(
-        labels.affine, like.affine, atol=1e-3
-    ):
-        raise InputError(f"{path} and {like.path}: lie on two grids, expected one common grid")
-    tumor: Mask = labels.voxels > 0
-    return tumor
 
 
 def _floors(

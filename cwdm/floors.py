@@ -103,9 +103,7 @@ class VoxelSample:
             generator = np.random.default_rng((seed, number))
             chosen = generator.choice(inside, min(voxels_per_case, inside.size), replace=False)
             x, y, z = np.unravel_index(np.sort(chosen), brain.shape)
-            drawn.append(
-                np.stack([features.values[m][:, x, y, z].T for m in Modality], axis=1)
-            )
+            drawn.append(np.stack([features.values[m][:, x, y, z].T for m in Modality], axis=1))
         if not drawn:
             raise InputError("regression floors: found no complete case to fit them on")
         return cls(np.concatenate(drawn))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +18,16 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from scipy import ndimage
 
+from cwdm.case import Case
 from cwdm.files import atomic_write
 from cwdm.metrics import Aligned, intensity_range, psnr, ssim
 from cwdm.modality import Modality
+from cwdm.volume import brain_mask, read_volumes
 
-__all__ = ["inferno", "montage", "write_png"]
+if TYPE_CHECKING:
+    from cwdm.synthesis import Synthesis  # loads torch, which no picture needs
+
+__all__ = ["draw_synthesis", "inferno", "montage", "voxel_size_mm", "write_png"]
 
 Voxels = NDArray[np.floating]
 Mask = NDArray[np.bool_]
@@ -131,6 +137,37 @@ def montage(
     box = _crop(brain, spacing_mm)
     middle = _middle(brain, tumor if _any(tumor) else None)
     return _Sheet(columns, box, middle, spacing_mm, brain, tumor).draw(heading, case_id, feet)
+
+
+def draw_synthesis(
+    synthesis: Synthesis, case: Case, path: Path, *, overwrite: bool = False
+) -> None:
+    """Draw a synthetic image beside the inputs it was made from; InputError as `write_png`.
+
+    Args:
+        case: the case as it was synthesized from, without the target.
+    """
+    made = synthesis.provenance
+    volumes = read_volumes(case, made.inputs)
+    picture = montage(
+        {modality: volume.voxels for modality, volume in volumes.items()},
+        synthesis.volume.voxels,
+        made.target,
+        brain=np.logical_or.reduce([brain_mask(volume) for volume in volumes.values()]),
+        spacing_mm=voxel_size_mm(synthesis.volume.affine),
+        case_id=case.id,
+        notes=[
+            f"Model {made.model.name}, {made.steps} steps ({made.sampler}), seed {made.seed}; "
+            f"cwdm {made.cwdm}. Not acquired by a scanner, not for diagnosis."
+        ],
+    )
+    write_png(picture, path, overwrite=overwrite)
+
+
+def voxel_size_mm(affine: NDArray[np.float64]) -> tuple[float, float, float]:
+    """The lengths of a voxel's three edges."""
+    x, y, z = np.linalg.norm(affine[:3, :3], axis=0)
+    return float(x), float(y), float(z)
 
 
 def write_png(picture: Image.Image, path: Path, *, overwrite: bool = False) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cwdm import __version__
-from cwdm.anatomy import CHANNELS, Anatomy
+from cwdm.anatomy import Anatomy
 from cwdm.errors import InputError
 from cwdm.modality import Modality
 from cwdm.relaxation import (
@@ -52,7 +52,6 @@ class SimulatedCase:
     """Four images and their segmentation, in canonical orientation (RAS+)."""
 
     id: str
-    """`SIM-<seed>-<index>`."""
     images: dict[Modality, Tensor]
     """(X, Y, Z) int16, scanner units; 0 outside the brain and at least 1 inside."""
     segmentation: Tensor
@@ -92,9 +91,13 @@ def simulate(
         images[modality] = _fit((image.round().clamp(1, 32767) * mask).to(torch.int16), shape)
     affine = np.diag([spacing, spacing, spacing, 1.0])
     affine[0, 3] = -(shape[0] - 1) * spacing  # the corner where BraTS images have it
-    return SimulatedCase(
-        f"SIM-{seed:05d}-{index:03d}", images, _fit(segmentation * mask, shape), affine
-    )
+    segmentation = _fit(segmentation * mask, shape)
+    return SimulatedCase(case_id(seed, index), images, segmentation, affine)
+
+
+def case_id(seed: int, index: int) -> str:
+    """What case `index` of `seed` is called, in the manner of BraTS."""
+    return f"SIM-{seed:05d}-{index:03d}"
 
 
 def write_case(case: SimulatedCase, output: Path, *, overwrite: bool = False) -> Path:
@@ -219,7 +222,7 @@ def _vessels(brain: Tensor, mask: Tensor, midline: Tensor, chance: _Chance) -> T
     stride = max(1, round(4 / chance.spacing))
     outside = 1 - _fine(_coarse(mask.float(), stride), stride, chance.shape)
     tubes = torch.exp(
-        -(chance.field(9).square() + chance.field(9).square()) / (0.05 + 0.2 * outside)
+        -(chance.field(9).square() + chance.field(9).square()) / (0.08 + 0.3 * outside)
     )
     sinus = torch.exp(-midline.square() / (2 * 2.5**2)) * (2 * outside).clamp(max=1)
     return brain[Tissue.CSF] * torch.maximum(tubes, sinus)
@@ -253,7 +256,6 @@ def _tumor(
     segmentation = torch.zeros(chance.shape, dtype=torch.uint8, device=chance.device)
     segmentation[edema > 0.35] = ED
     segmentation[core > 0.5] = ET
-    segmentation[necrosis > 0.5 * core.clamp(min=1e-3)] = 0
     segmentation[(core > 0.5) & (necrosis > core / 2)] = NCR
     return torch.stack([necrosis, core - necrosis, edema]), segmentation
 
@@ -274,7 +276,7 @@ def _signals(fractions: Tensor, mask: Tensor, chance: _Chance) -> dict[Modality,
     field = 1.5 if chance.uniform(0, 1) < 0.5 else 3.0
     csf_t1 = RELAXATION[Tissue.CSF].t1(field)
     tr = chance.uniform(8000, 10000)
-    ti = nulling_time(csf_t1, tr) * chance.uniform(0.94, 1.02)
+    ti = nulling_time(csf_t1, tr) * chance.uniform(0.88, 1.02)
     spin: Callable[..., Tensor] = spin_echo
     sequences = {
         Modality.T1N: partial(spin, tr=chance.uniform(450, 750), te=chance.uniform(8, 16)),
@@ -339,8 +341,8 @@ def _coarse(volume: Tensor, stride: int) -> Tensor:
 
 def _fine(volume: Tensor, stride: int, shape: Shape) -> Tensor:
     """(1, 1, X/stride, ...) -> (X, Y, Z), linear; back from `_coarse`."""
-    fine = functional.interpolate(volume, scale_factor=stride, mode="trilinear")[0, 0]
-    return fine[: shape[0], : shape[1], : shape[2]]
+    fine: Tensor = functional.interpolate(volume, scale_factor=stride, mode="trilinear")
+    return fine[0, 0, : shape[0], : shape[1], : shape[2]]
 
 
 def _fit(volume: Tensor, shape: Shape) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,13 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from cwdm.case import read_case
 from cwdm.errors import InputError
+from cwdm.intensity import Scale
 from cwdm.modality import Modality, others
-from cwdm.montage import inferno, montage, write_png
+from cwdm.montage import draw_synthesis, inferno, montage, write_png
+from cwdm.provenance import Provenance, Source
+from cwdm.volume import read_volume
 
 Voxels = NDArray[np.float32]
 SHAPE = (40, 48, 36)
@@ -166,3 +171,35 @@ def test_the_file_says_that_it_is_synthetic_and_is_not_overwritten(
     with pytest.raises(InputError, match="already exists"):
         write_png(picture, path)
     write_png(picture, path, overwrite=True)
+
+
+def test_a_synthesis_is_drawn_beside_the_inputs_it_was_made_from(
+    make_case: Callable[..., Path], tmp_path: Path
+) -> None:
+    from cwdm.synthesis import Synthesis
+
+    case = read_case(make_case(endings=("-t1n", "-t1c", "-t2f"))).without(Modality.T2F)
+    provenance = Provenance(
+        cwdm="0.1.0",
+        torch="2",
+        case="x",
+        target=Modality.T2F,
+        inputs={m: Source(name=f"x-{m}.nii.gz", sha256="") for m in case.images},
+        absent=(Modality.T2W,),
+        model=Source(name="small-t2f", sha256=""),
+        seed=0,
+        sampler="ddim",
+        steps=4,
+        precision="fp32",
+        device="cpu",
+        normalization="robust",
+        scales={},
+        target_scale=Scale(0, 1),
+        seconds=1,
+        warnings=(),
+    )
+    volume = read_volume(case.images[Modality.T1N])
+    path = tmp_path / "preview.png"
+    draw_synthesis(Synthesis(volume, provenance), case, path)
+    with Image.open(path) as stored:
+        assert [len(row) for row in panels(stored)] == [3, 3, 3]

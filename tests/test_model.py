@@ -1,0 +1,94 @@
+"""Models on disk: a round trip, and refusal of what is not a model."""
+
+import pickle
+import zipfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.testing import assert_close
+
+from cwdm.config import Config
+from cwdm.errors import InputError
+from cwdm.intensity import ScalePrior
+from cwdm.modality import Modality, others
+from cwdm.model import build_denoiser, default_model, load_model, save_model
+from cwdm.unet import UNetConfig
+
+TINY = Config(
+    name="tiny",
+    target=Modality.T2F,
+    network=UNetConfig(channels=8, multipliers=(1, 1), res_blocks=1, groups=4),
+)
+PRIOR = ScalePrior({m: 0.5 for m in others(Modality.T2F)}, 4.0)
+
+
+def random_weights(config=TINY):
+    torch.manual_seed(0)
+    state = build_denoiser(config).backbone.state_dict()
+    return {name: torch.randn_like(value) for name, value in state.items()}
+
+
+def test_a_model_comes_back_as_it_was_saved(tmp_path):
+    path, weights = tmp_path / "tiny.safetensors", random_weights()
+    save_model(TINY, weights, PRIOR, path, overwrite=False)
+    model = load_model(path)
+    assert (model.config, model.prior) == (TINY, PRIOR)
+    for name, value in model.denoiser.backbone.state_dict().items():
+        assert_close(value, weights[name], rtol=0, atol=0)
+    with pytest.raises(InputError, match="exists"):
+        save_model(TINY, weights, PRIOR, path, overwrite=False)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("loading a model ran code",))
+
+
+def foreign_files(folder):
+    yield "missing", folder / "gone.safetensors", "no such file"
+    text = folder / "text.safetensors"
+    text.write_text("these are no weights")
+    yield "text", text, "not a readable"
+    pickled = folder / "model.pt"
+    with zipfile.ZipFile(pickled, "w") as archive:
+        archive.writestr("model/data.pkl", pickle.dumps(Bomb()))
+    yield "pickle", pickled, "not a readable"
+    other = folder / "other.safetensors"
+    save_file({"a": torch.zeros(2)}, other)
+    yield "foreign", other, "not a cwdm model"
+    good = folder / "good.safetensors"
+    save_model(TINY, random_weights(), PRIOR, good, overwrite=False)
+    cut = folder / "cut.safetensors"
+    cut.write_bytes(good.read_bytes()[:-100])
+    yield "truncated", cut, "not a readable"
+    wider = replace(TINY, network=replace(TINY.network, channels=16))
+    misfit = folder / "misfit.safetensors"
+    save_model(wider, random_weights(), PRIOR, misfit, overwrite=False)
+    yield "misfit", misfit, "do not fit"
+
+
+def test_what_is_not_a_model_is_refused_by_name(tmp_path):
+    for kind, path, message in foreign_files(tmp_path):
+        with pytest.raises(InputError, match=message) as caught:
+            load_model(path)
+        assert str(path) in str(caught.value), kind
+        assert "\n" not in str(caught.value), kind
+
+
+@pytest.mark.parametrize("target", list(Modality))
+def test_a_model_ships_for_every_target_with_its_card(target):
+    path = default_model(target)
+    model = load_model(path)
+    assert model.config == replace(Config.read(f"small-{target}"))
+    assert all(np.isfinite(r) for r in model.prior.ratios.values())
+    card = path.with_suffix(".md").read_text()
+    assert "Research use only" in card
+    assert model.sha256 in card
+
+
+def test_the_shipped_models_are_small():
+    sizes = [default_model(target).stat().st_size for target in Modality]
+    assert sum(sizes) <= 12_000_000

@@ -1,0 +1,223 @@
+"""The main line: geometry, determinism, provenance and refusals."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+import cwdm
+from cwdm.case import read_case
+from cwdm.cli.main import cwdm as command
+from cwdm.config import Config, Sampling, Training
+from cwdm.diffusion import WaveletDenoiser
+from cwdm.errors import InputError
+from cwdm.files import sha256
+from cwdm.intensity import ScalePrior
+from cwdm.modality import Modality, others
+from cwdm.model import Model, build_denoiser, save_model
+from cwdm.synthesis import Synthesizer, output_paths
+from cwdm.unet import UNetConfig
+from cwdm.volume import is_synthetic
+
+TARGET = Modality.T2F
+TINY = Config(
+    name="tiny",
+    target=TARGET,
+    network=UNetConfig(channels=8, multipliers=(1, 1), res_blocks=1, groups=4),
+    sampling=Sampling(sampler="ddpm", steps=3),
+    training=Training(drop_conditions=0.1),
+)
+SAME = ScalePrior({m: 0.0 for m in others(TARGET)}, 4.0)
+
+
+@pytest.fixture
+def model_file(tmp_path):
+    torch.manual_seed(0)
+    state = build_denoiser(TINY).backbone.state_dict()
+    weights = {k: torch.randn_like(v) * 0.05 for k, v in state.items()}
+    path = tmp_path / "tiny.safetensors"
+    save_model(TINY, weights, SAME, path, overwrite=False)
+    return path
+
+
+def run(*words):
+    return CliRunner().invoke(command, [str(word) for word in words])
+
+
+class FirstCondition(torch.nn.Module):
+    """A stand-in network: the first conditioning image is the estimate of x_0."""
+
+    def forward(self, x, t):
+        return x[:, 8:16]
+
+
+def test_with_a_copying_network_the_first_input_comes_back(make_case):
+    folder = make_case(endings=("-t1n", "-t1c", "-t2w"))
+    case = read_case(folder)
+    t1n = nib.load(case.images[Modality.T1N])
+    measured = Synthesizer.load  # the scale that t1n has is the one to predict for t2f
+    assert measured is not None
+    model = Model(TINY, WaveletDenoiser(FirstCondition()), SAME, Path("none"), "0")
+    synthesizer = Synthesizer(model, device="cpu", precision="fp32")
+    probe = synthesizer(case).provenance.scales[Modality.T1N]
+    exact = ScalePrior({m: 0.0 for m in others(TARGET)}, probe.offset / probe.scale)
+    model = replace(model, prior=exact)
+    for sampler in ("ddpm", "ddim"):
+        result = Synthesizer(model, device="cpu", precision="fp32")(case, sampler=sampler, steps=2)
+        path = result.write(folder.parent / sampler)
+        image = nib.load(path)
+        assert image.shape == t1n.shape
+        np.testing.assert_array_equal(image.affine, t1n.affine)
+        assert image.get_data_dtype() == t1n.get_data_dtype()
+        np.testing.assert_allclose(image.get_fdata(), t1n.get_fdata(), atol=1)
+        assert (image.get_fdata()[t1n.get_fdata() == 0] == 0).all()
+
+
+def test_a_result_depends_on_its_seed_and_on_nothing_else(make_case, model_file):
+    first = make_case(folder="a", case_id="a", endings=("-t1n", "-t1c", "-t2w"))
+    second = make_case(folder="b", case_id="b", endings=("-t1n", "-t1c", "-t2w"))
+    load = lambda: Synthesizer.load(TARGET, model_file, device="cpu", precision="fp32")  # noqa: E731
+    alone = load()(read_case(first), seed=5).volume.voxels
+    synthesizer = load()
+    synthesizer(read_case(second), seed=9)
+    torch.manual_seed(123)
+    after = synthesizer(read_case(first), seed=5).volume.voxels
+    np.testing.assert_array_equal(alone, after)
+    assert (synthesizer(read_case(first), seed=6).volume.voxels != alone).any()
+
+
+def test_an_acquired_target_is_not_looked_at(make_case, model_file, ball, make_image):
+    folder = make_case()
+    case = read_case(folder)
+    with_it = cwdm.synthesize(case, "FLAIR", model=model_file)
+    without = cwdm.synthesize(case.without(TARGET), TARGET, model=model_file)
+    np.testing.assert_array_equal(with_it.volume.voxels, without.volume.voxels)
+    assert TARGET not in with_it.provenance.inputs
+
+
+def test_the_sidecar_reproduces_the_image(make_case, model_file, tmp_path):
+    folder = make_case(endings=("-t1n", "-t1c", "-t2w"))
+    words = ["--input", folder, "--model", model_file, "--device", "cpu", "--seed", 7]
+    result = run("synthesize", *words, "--output", tmp_path / "one", "--steps", 2)
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "one" / "x-t2f.json").read_text())
+    assert record["synthetic"] is True
+    assert record["model"] == {"name": "tiny", "sha256": sha256(model_file)}
+    assert {m: s["sha256"] for m, s in record["inputs"].items()} == {
+        m: sha256(folder / f"x-{m}.nii.gz") for m in ("t1n", "t1c", "t2w")
+    }
+    again = cwdm.synthesize(
+        folder,
+        record["target"],
+        model=model_file,
+        seed=record["seed"],
+        steps=record["steps"],
+        sampler=record["sampler"],
+        device=record["device"],
+        precision=record["precision"],
+    )
+    path = again.write(tmp_path / "two")
+    a, b = (nib.load(p) for p in (tmp_path / "one" / "x-t2f.nii.gz", path))
+    np.testing.assert_array_equal(a.get_fdata(), b.get_fdata())
+    header = bytes(a.header["descrip"]).decode()
+    assert "SYNTHETIC t2f" in header
+    assert "research use only" in header
+    assert is_synthetic(path)
+
+
+def test_nothing_that_is_there_is_touched(make_case, model_file, tmp_path):
+    folder, out = make_case(), tmp_path / "out"
+    words = ["synthesize", "--input", folder, "--missing", "t2f", "--model", model_file]
+    assert run(*words, "--output", out).exit_code == 0
+    digest = sha256(out / "x-t2f.nii.gz")
+    result = run(*words, "--output", out)
+    assert result.exit_code == 2
+    assert "exists" in result.stderr
+    assert sha256(out / "x-t2f.nii.gz") == digest
+    assert run(*words, "--output", out, "--overwrite", "--seed", 1).exit_code == 0
+    assert sha256(out / "x-t2f.nii.gz") != digest
+    # an acquired image never, whatever is asked for
+    acquired = sha256(folder / "x-t2f.nii.gz")
+    result = run(*words, "--output", folder, "--overwrite")
+    assert result.exit_code == 2
+    assert "never overwritten" in result.stderr
+    assert sha256(folder / "x-t2f.nii.gz") == acquired
+    with pytest.raises(InputError, match="never overwritten"):
+        output_paths(read_case(folder), TARGET, folder, overwrite=True)
+
+
+def test_several_missing_modalities_are_made_from_what_was_acquired(make_case, tmp_path):
+    folder, out = make_case(endings=("-t1n", "-t2w")), tmp_path / "out"
+    result = run("synthesize", "--input", folder, "--output", out)
+    assert result.exit_code == 0, result.output
+    assert sorted(p.name for p in out.iterdir()) == [
+        *("x-t1c.json", "x-t1c.nii.gz", "x-t2f.json", "x-t2f.nii.gz")
+    ]
+    record = json.loads((out / "x-t2f.json").read_text())
+    assert list(record["inputs"]) == ["t1n", "t2w"]
+    assert record["absent"] == ["t1c"]
+    assert "Made without t1c" in record["warnings"][0]
+    assert "guess" in result.stderr  # a synthetic T1c is never made silently
+
+
+def test_mistakes_are_one_line_and_exit_code_2(make_case, make_image, model_file, tmp_path):
+    complete, lone = make_case(), make_case(folder="lone", endings=("-t2f",))
+    other_target = tmp_path / "other.safetensors"
+    config = replace(TINY, target=Modality.T1N, training=Training())
+    state = build_denoiser(config).backbone.state_dict()
+    prior = ScalePrior({m: 0.0 for m in others(Modality.T1N)}, 4.0)
+    save_model(config, state, prior, other_target, overwrite=False)
+    two = make_case(folder="two", endings=("-t1c", "-t2w"))
+    broken = make_case(folder="broken", endings=("-t1n", "-t1c", "-t2w"))
+    data = (broken / "x-t1c.nii.gz").read_bytes()
+    (broken / "x-t1c.nii.gz").write_bytes(data[: len(data) // 2])
+    out = tmp_path / "out"
+    table = {
+        "did you mean t2f": ["--input", complete, "--missing", "t2ff"],
+        "no modality is missing": ["--input", complete],
+        "nothing to synthesize t2f from": ["--input", lone, "--missing", "t2f"],
+        "a model for t1n, expected one for t2f": [
+            *("--input", complete, "--missing", "t2f", "--model", other_target)
+        ],
+        "has no t2f, which model tiny needs": [
+            *("--input", two, "--missing", "t1n", "--model", other_target)
+        ],
+        "x-t1c.nii.gz": ["--input", broken, "--missing", "t2f", "--model", model_file],
+        "no such file": ["--input", complete, "--missing", "t2f", "--model", tmp_path / "gone"],
+        "not a readable": ["--input", complete, "--missing", "t2f", "--model", __file__],
+        "'magic' is not a sampler": ["--input", complete, "--missing", "t2f", "--sampler", "magic"],
+        "expected 1 to 1000": ["--input", complete, "--missing", "t2f", "--steps", 1001],
+        "gone": ["--input", tmp_path / "gone", "--missing", "t2f"],
+        "CUDA": ["--input", complete, "--missing", "t2f", "--device", "cuda:97"],
+    }
+    for message, words in table.items():
+        result = run("synthesize", *words, "--output", out)
+        assert result.exit_code == 2, (message, result.output)
+        lines = [line for line in result.stderr.splitlines() if line.startswith("cwdm: error:")]
+        assert len(lines) == 1, (message, result.stderr)
+        assert message in lines[0]
+        assert "Traceback" not in result.output
+        assert not out.exists() or not list(out.iterdir()), message
+
+
+@pytest.mark.parametrize("odd", ["patient19", "aurora_case", "TCGA-FG-6692"])
+def test_geometry_of_odd_real_cases_comes_back_exactly(odd, shared, model_file, tmp_path):
+    case = read_case(shared / "data" / "odd" / odd)
+    result = cwdm.synthesize(case, TARGET, model=model_file, steps=1)
+    image, like = nib.load(result.write(tmp_path)), nib.load(case.images[Modality.T1N])
+    assert image.shape == like.shape
+    np.testing.assert_array_equal(image.affine, like.affine)
+    assert nib.aff2axcodes(image.affine) == nib.aff2axcodes(like.affine)
+    for form in ("sform", "qform"):
+        theirs, code = getattr(like, f"get_{form}")(coded=True)
+        ours, our_code = getattr(image, f"get_{form}")(coded=True)
+        assert our_code == code
+        if code:
+            np.testing.assert_array_equal(ours, theirs)
+    assert image.header.get_zooms() == like.header.get_zooms()
+    assert image.get_data_dtype() == like.get_data_dtype()
