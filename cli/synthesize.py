@@ -90,8 +90,9 @@ def synthesize(
         for warning in synthesis.provenance.warnings:
             click.echo(f"note: {warning}", err=True)
         if preview:
-            from cwdm.montage import draw_synthesis
+            from cwdm.montage import preview as draw
+            from cwdm.montage import write_png
 
             picture = path.with_name(f"{case.id}-{target}.png")
-            draw_synthesis(synthesis, acquired, picture, overwrite=overwrite)
+            write_png(draw(synthesis), picture, overwrite=overwrite)
             click.echo(picture)

@@ -28,8 +28,8 @@ FREESURFER = {
 SHARPEN = 2.5
 """Exponent that gives the blurred average of many brains the edges of one."""
 
-BLUR_MM = 0.7
-"""Standard deviation of the blur that turns labels into fractions of voxels."""
+BLUR = 0.7
+"""Voxels: standard deviation of the blur that turns labels into fractions of voxels."""
 
 SULCUS_MM = 3.0
 """The brain mask closes gaps up to twice as wide, as skull stripping does ..."""
@@ -117,12 +117,13 @@ def from_labels(path: Path) -> Anatomy:
     solid = _largest(~np.isin(labels, (0, *FREESURFER[Tissue.CSF])))
     near = ndimage.distance_transform_edt(~solid, spacing) < SULCUS_MM + RIM_MM
     mask = ndimage.distance_transform_edt(near, spacing) > SULCUS_MM
+    mask = ~_largest(~mask)  # without holes
     known = np.isin(labels, [0, *(label for tissue in CHANNELS for label in FREESURFER[tissue])])
     nearest = ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)
     labels = labels[tuple(nearest)]
     maps = np.stack([_is(tissue, labels) for tissue in CHANNELS]).astype(np.float32)
     maps[Tissue.CSF] += 1 - maps.sum(0)  # what has no label in the mask
-    blurred = ndimage.gaussian_filter(maps, (0, *(BLUR_MM / spacing)), truncate=3)
+    blurred = ndimage.gaussian_filter(maps, (0, BLUR, BLUR, BLUR), truncate=3)
     return _anatomy(blurred.astype(np.float32), mask, volume.affine)
 
 

@@ -1,4 +1,4 @@
-"""Images as wavelet coefficients: the transform of ``wavelet`` plus the scaling the networks expect.
+"""Images as wavelet coefficients: the transform of ``wavelet`` and the scaling networks expect.
 
 Source: WDM (Friedrich et al. 2024, arXiv 2402.19043) and cWDM (arXiv 2411.17203).
 """

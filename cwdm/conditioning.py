@@ -1,7 +1,7 @@
-"""The images a network is given beside the noisy one: which, in what order, and what if one is gone.
+"""The images a network is given beside the noisy one: which, in what order, and if one is gone.
 
-cWDM (arXiv 2411.17203, section 2.2) concatenates the coefficients of the available modalities to the
-noisy coefficients of the target, in the order of ``Modality`` with the target left out.
+cWDM (arXiv 2411.17203, section 2.2) concatenates the coefficients of the available modalities to
+the noisy coefficients of the target, in the order of ``Modality`` with the target left out.
 """
 
 from collections.abc import Mapping

@@ -121,7 +121,9 @@ class Config:
             key = ".".join(str(part) for part in problem["loc"])
             if problem["type"] == "unexpected_keyword_argument":
                 raise InputError(f"{source}: unknown key {key}") from None
-            raise InputError(f"{source}: {key}: {problem['msg']}, got {problem['input']!r}") from None
+            raise InputError(
+                f"{source}: {key}: {problem['msg']}, got {problem['input']!r}"
+            ) from None
 
     @classmethod
     def read(cls, name_or_path: str | Path) -> "Config":
@@ -156,4 +158,6 @@ _CONFIG = TypeAdapter(Config)
 def presets() -> list[str]:
     """Names of the configurations that ship with cwdm."""
     folder = resources.files("cwdm.configs")
-    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+    return sorted(
+        f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
+    )

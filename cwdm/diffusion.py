@@ -49,6 +49,10 @@ class Schedule:
         one = torch.ones(1, dtype=torch.float64)
         return cls(torch.cat([one, torch.cumprod(1 - beta, dim=0)]))
 
+    def __getitem__(self, t: int) -> float:
+        """a_t, the share of signal in the variance at time t."""
+        return float(self.alpha_bar[t])
+
     @property
     def steps(self) -> int:
         """T."""

@@ -58,11 +58,11 @@ PROTOCOL = (
     "brought to the truth by one affine intensity fit (least squares). Data range: 0.5 % to 99.5 % "
     "quantile of the truth in the brain; outside the brain both are 0. PSNR in dB; SSIM: mean over "
     "the region of the 3D SSIM map (Gaussian window, sigma 1.5, 11 voxels); MAE in shares of the "
-    "range. Tumour: all labels of the segmentation, with the fit and range of the brain."
+    "range. Tumor: all labels of the segmentation, with the fit and range of the brain."
 )
 FILES = ("metrics.csv", "summary.csv", "summary.json", "summary.md")
 FIGURES = ["psnr", "ssim", "mae"]
-REGIONS = ["brain", "tumour"]
+REGIONS = ["brain", "tumor"]
 NAMES = {"ridge": "ridge regression", "boosting": "boosted regression"}
 
 
@@ -76,7 +76,7 @@ class Score:
     kind: str
     """"model" for what is judged, "floor" for what it has to beat."""
     region: str
-    """"brain", or "tumour" where there is a segmentation."""
+    """"brain", or "tumor" where there is a segmentation."""
     voxels: int
     psnr: float
     ssim: float
@@ -143,7 +143,7 @@ def compare(
         truth = volumes[target]
         regions = {"brain": brain_mask(truth)}
         if tumor is not None:
-            regions["tumour"] = tumor
+            regions["tumor"] = tumor
         scores = []
         predicted = None
         if predict is not None:
@@ -279,7 +279,12 @@ def verdicts(summary: pd.DataFrame) -> list[str]:
                 for figure in ("psnr", "ssim")
             }
             lost = "; ".join(f"{f.upper()}: {', '.join(m)}" for f, m in ahead.items() if m)
-            said = f"is not better than every floor ({lost})" if lost else "beats every floor"
+            if lost:
+                said = f"is not better than every floor ({lost})"
+            elif floors["method"].isin(list(NAMES)).any():
+                said = "beats every floor"
+            else:
+                said = "beats every copy of another modality; no regression was fitted"
             sentences.append(f"{modality}: {model['method']} {said}.")
     return sentences
 
@@ -358,7 +363,8 @@ def write_tables(
         "summary": rows,
     }
     count = table["case"].nunique()
-    counted = f"Mean over {count} case{'s' * (count != 1)}."
+    tumors = table.loc[table["region"] == "tumor", "case"].nunique()
+    counted = f"Mean over {count} case{'s' * (count != 1)}, {tumors} with a segmentation."
     texts = (
         table.to_csv(index=False),
         summary.to_csv(index=False),

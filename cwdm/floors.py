@@ -2,7 +2,7 @@
 
 A regression maps the available modalities around one voxel to the missing one, by the same function
 everywhere. Its features are, per modality, the image and its Gaussian averages over 1, 2 and 4 mm,
-normalised in the brain of that image as (voxel - median) / (interquartile range / 1.349): for a
+normalized in the brain of that image as (voxel - median) / (interquartile range / 1.349): for a
 normal distribution (voxel - mean) / standard deviation, whatever the scanner's units.
 It needs scikit-learn, extra `cwdm[evaluate]`.
 """
@@ -39,7 +39,7 @@ class CaseFeatures:
     """The features of every voxel of a case, in the bounding box of its brain."""
 
     values: Mapping[Modality, Voxels]
-    """Per modality (4, x, y, z): the normalised image averaged over each of SIGMAS_MM."""
+    """Per modality (4, x, y, z): the normalized image averaged over each of SIGMAS_MM."""
     brains: Mapping[Modality, Mask]
     """Per modality (x, y, z): where its image has brain."""
     box: tuple[slice, slice, slice]
@@ -62,7 +62,7 @@ class CaseFeatures:
 
 
 def _averages(voxels: Voxels, brain: Mask, affine: NDArray[np.float64]) -> Voxels:
-    """(x, y, z) -> (4, x, y, z), normalised in the brain.
+    """(x, y, z) -> (4, x, y, z), normalized in the brain.
 
     Everything outside the brain counts as its darkest thousandth: averages then fall off towards
     the surface in the same way whatever number the file has for background.
@@ -133,7 +133,7 @@ class VoxelRegression:
         return cls(target, kind, model)
 
     def __call__(self, features: CaseFeatures) -> Voxels:
-        """(X, Y, Z) in normalised units, 0 where no available image has brain.
+        """(X, Y, Z) in normalized units, 0 where no available image has brain.
 
         Only the three other modalities are looked at. InputError if one is absent.
         """

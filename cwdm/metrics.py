@@ -31,7 +31,7 @@ SSIM_K1, SSIM_K2 = 0.01, 0.03  # Wang et al. 2004
 
 
 def affine_fit(prediction: Voxels, truth: Voxels, mask: Mask) -> tuple[float, float]:
-    """(a, b) that minimise the sum over `mask` of (a * prediction + b - truth)^2.
+    """(a, b) that minimize the sum over `mask` of (a * prediction + b - truth)^2.
 
     a = cov(p, t) / var(p) and b = mean(t) - a * mean(p). It may be negative: a copy of T1 then
     serves as an inverted T2, which makes it a harder floor. A constant prediction gives a = 0.

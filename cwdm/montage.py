@@ -1,6 +1,6 @@
 """One picture of a synthesis: inputs, synthetic image, truth and error in three planes.
 
-Slices go through large cross-sections of the tumour, or through the middle of the brain. The
+Slices go through large cross-sections of the tumor, or through the middle of the brain. The
 orientation is radiological: the patient's right is on the left. Drawn with Pillow alone.
 All panels of a picture have the same scale in mm, whatever the voxel size.
 """
@@ -18,7 +18,6 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from scipy import ndimage
 
-from cwdm.case import Case
 from cwdm.files import atomic_write
 from cwdm.metrics import Aligned, intensity_range, psnr, ssim
 from cwdm.modality import Modality
@@ -27,7 +26,7 @@ from cwdm.volume import brain_mask, read_volumes
 if TYPE_CHECKING:
     from cwdm.synthesis import Synthesis  # loads torch, which no picture needs
 
-__all__ = ["draw_synthesis", "inferno", "montage", "voxel_size_mm", "write_png"]
+__all__ = ["inferno", "montage", "preview", "voxel_size_mm", "write_png"]
 
 Voxels = NDArray[np.floating]
 Mask = NDArray[np.bool_]
@@ -45,7 +44,7 @@ WARNING = "SYNTHETIC IMAGE  ·  RESEARCH USE ONLY"
 
 COLUMN = 288  # px: width of a panel
 EDGE, GAP, ROW_LABEL = 30, 8, 26  # px: around the picture, between panels, left of the rows
-MARGIN_MM = 6.0  # around the brain
+MARGIN_MM = 9.0  # around the brain
 
 BLACK: Color = (0, 0, 0)
 BACKGROUND: Color = (17, 20, 24)
@@ -54,7 +53,7 @@ QUIET: Color = (150, 157, 166)
 AMBER: Color = (255, 184, 77)  # whatever is synthetic
 TEAL: Color = (108, 214, 196)  # whatever is the truth
 
-# Matplotlib's "inferno" (CC0) at equal steps; between them colours are interpolated.
+# Matplotlib's "inferno" (CC0) at equal steps; between them colors are interpolated.
 _INFERNO = np.array(
     [
         (0, 0, 4), (22, 11, 57), (66, 10, 104), (106, 23, 110), (147, 38, 103), (188, 55, 84),
@@ -65,7 +64,7 @@ _INFERNO = np.array(
 
 @dataclass(frozen=True)
 class _Column:
-    """One column of panels: a volume, how it is coloured, and what stands above it."""
+    """One column of panels: a volume, how it is colored, and what stands above it."""
 
     voxels: Voxels
     title: str
@@ -139,29 +138,26 @@ def montage(
     return _Sheet(columns, box, middle, spacing_mm, brain, tumor).draw(heading, case_id, feet)
 
 
-def draw_synthesis(
-    synthesis: Synthesis, case: Case, path: Path, *, overwrite: bool = False
-) -> None:
-    """Draw a synthetic image beside the inputs it was made from; InputError as `write_png`.
+def preview(synthesis: Synthesis) -> Image.Image:
+    """A synthetic image beside the inputs it was made from.
 
-    Args:
-        case: the case as it was synthesized from, without the target.
+    Raises:
+        InputError: an input cannot be read any more.
     """
     made = synthesis.provenance
-    volumes = read_volumes(case, made.inputs)
-    picture = montage(
+    volumes = read_volumes(synthesis.case, made.inputs)
+    return montage(
         {modality: volume.voxels for modality, volume in volumes.items()},
         synthesis.volume.voxels,
         made.target,
         brain=np.logical_or.reduce([brain_mask(volume) for volume in volumes.values()]),
         spacing_mm=voxel_size_mm(synthesis.volume.affine),
-        case_id=case.id,
+        case_id=synthesis.case.id,
         notes=[
             f"Model {made.model.name}, {made.steps} steps ({made.sampler}), seed {made.seed}; "
             f"cwdm {made.cwdm}. Not acquired by a scanner, not for diagnosis."
         ],
     )
-    write_png(picture, path, overwrite=overwrite)
 
 
 def voxel_size_mm(affine: NDArray[np.float64]) -> tuple[float, float, float]:
@@ -179,7 +175,7 @@ def write_png(picture: Image.Image, path: Path, *, overwrite: bool = False) -> N
 
 
 def inferno(shares: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """Numbers in [0, 1] (clipped) of any shape -> colours of shape (..., 3), dark to bright."""
+    """Numbers in [0, 1] (clipped) of any shape -> colors of shape (..., 3), dark to bright."""
     stops = np.linspace(0, 1, len(_INFERNO))
     channels = [np.interp(np.clip(shares, 0, 1), stops, _INFERNO[:, c]) for c in range(3)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)
@@ -246,7 +242,7 @@ class _Sheet:
                 pen.text(at, "SYNTHETIC", AMBER, _font(12), anchor="rs")
 
     def _panel(self, column: _Column, plane: int) -> Image.Image:
-        """One slice, turned upright, resampled to pixels and coloured."""
+        """One slice, turned upright, resampled to pixels and colored."""
         size = self.sizes[plane]
         shares = (self._slice(column.voxels, plane) - column.low) / (column.high - column.low)
         image = Image.fromarray(shares * self._slice(self.brain, plane))

@@ -49,9 +49,7 @@ class Box:
         cropped[self._inside(voxels.shape, shift=False)] = voxels[self._inside(voxels.shape)]
         return cropped
 
-    def uncrop(
-        self, voxels: NDArray[np.generic], shape: tuple[int, ...]
-    ) -> NDArray[np.generic]:
+    def uncrop(self, voxels: NDArray[np.generic], shape: tuple[int, ...]) -> NDArray[np.generic]:
         """The whole grid with the block in its place and zeros around; inverse of ``crop``."""
         whole = np.zeros(shape, dtype=voxels.dtype)
         whole[self._inside(shape)] = voxels[self._inside(shape, shift=False)]

@@ -45,18 +45,18 @@ class Relaxation:
         return self.t1_low * math.pow(field / 1.5, math.log2(self.t1_high / self.t1_low))
 
 
-# T1 of grey and white matter: Wright et al., MAGMA 2008. T2: Stanisz et al., MRM 2005 (grey) and
-# Wansapura et al., JMRI 1999 (white; deep grey shortened by iron). CSF and blood: Rooney et al.
-# Water content: Neeb et al., NeuroImage 2006. Blood: veins, for the most part. Tumor: near relaxometry
-# at 3 T (Badve et al., AJNR 2017), set so that the median of each part over that of the brain is as
-# in BraTS.
+# T1 of grey and white matter: Wright et al., MAGMA 2008. T2: between Stanisz et al., MRM 2005, and
+# Wansapura et al., JMRI 1999; shorter in deep grey matter, which holds iron. T1 of CSF and blood:
+# Rooney et al. Water content: Neeb et al., NeuroImage 2006. Blood is mostly in veins. Tumor: near
+# relaxometry at 3 T (Badve et al., AJNR 2017), set so that the median of each part over that of the
+# brain is as in BraTS.
 RELAXATION = {
     Tissue.CSF: Relaxation(4300, 4300, t2=1500, pd=1.0),
-    Tissue.CORTEX: Relaxation(1197, 1607, t2=97, pd=0.82),
+    Tissue.CORTEX: Relaxation(1197, 1607, t2=99, pd=0.82),
     Tissue.DEEP: Relaxation(1090, 1360, t2=83, pd=0.80),
-    Tissue.WHITE: Relaxation(646, 838, t2=79, pd=0.70),
+    Tissue.WHITE: Relaxation(646, 838, t2=74, pd=0.70),
     Tissue.BLOOD: Relaxation(1440, 1700, t2=60, pd=0.85),
-    Tissue.NECROSIS: Relaxation(1550, 1900, t2=220, pd=0.90),
+    Tissue.NECROSIS: Relaxation(1650, 2000, t2=230, pd=0.90),
     Tissue.ENHANCING: Relaxation(1250, 1600, t2=150, pd=0.85),
     Tissue.EDEMA: Relaxation(1150, 1450, t2=160, pd=0.83),
 }

@@ -40,23 +40,22 @@ def ddpm_step(
     Noise is drawn at the last step too, and ignored, so that the stream of random numbers is that
     of the published sampler.
     """
-    a_t, a_s = schedule.alpha_bar[t], schedule.alpha_bar[s]
+    a_t, a_s = schedule[t], schedule[s]
     beta = 1 - a_t / a_s
-    mean = (
-        (a_s.sqrt() * beta / (1 - a_t)).float() * x_0
-        + ((1 - a_s) * (1 - beta).sqrt() / (1 - a_t)).float() * x_t
-    )  # fmt: skip
+    of_x_0 = a_s**0.5 * beta / (1 - a_t)
+    of_x_t = (1 - a_s) * (1 - beta) ** 0.5 / (1 - a_t)
+    mean = of_x_0 * x_0 + of_x_t * x_t
     noise = draw()
-    return mean + beta.sqrt().float() * noise if s > 0 else mean
+    return mean + beta**0.5 * noise if s > 0 else mean
 
 
 def ddim_step(
     schedule: Schedule, x_t: Tensor, x_0: Tensor, t: int, s: int, draw: Callable[[], Tensor]
 ) -> Tensor:
     """Deterministic step (Song et al. 2021, arXiv 2010.02502, eq. 12 with eta = 0)."""
-    a_t, a_s = schedule.alpha_bar[t], schedule.alpha_bar[s]
-    noise = (x_t - a_t.sqrt().float() * x_0) / (1 - a_t).sqrt().float()
-    return a_s.sqrt().float() * x_0 + (1 - a_s).sqrt().float() * noise
+    a_t, a_s = schedule[t], schedule[s]
+    noise = (x_t - a_t**0.5 * x_0) / (1 - a_t) ** 0.5
+    return a_s**0.5 * x_0 + (1 - a_s) ** 0.5 * noise
 
 
 SAMPLERS: dict[str, Step] = {"ddpm": ddpm_step, "ddim": ddim_step}

@@ -77,7 +77,7 @@ def simulate(
         device: where to compute. Another kind of device draws other cases.
     """
     inner = [min(n, round(mm / spacing)) for n, mm in zip(shape, HEAD_MM, strict=True)]
-    chance = _Chance(seed, index, (inner[0], inner[1], inner[2]), spacing, torch.device(device))
+    chance = Chance(seed, index, (inner[0], inner[1], inner[2]), spacing, torch.device(device))
     brain, offset, radius, midline = _deformed(anatomy, chance)
     mask = brain.sum(0) > 0.5
     brain = _individual(brain, chance)
@@ -134,7 +134,7 @@ def _blank(voxels: NDArray[np.generic], affine: NDArray[np.float64], path: Path)
     return Volume(voxels.astype(np.float32), affine, header, path)
 
 
-class _Chance:
+class Chance:
     """Everything random about one case, on its grid."""
 
     def __init__(
@@ -169,7 +169,7 @@ class _Chance:
         return field
 
 
-def _deformed(anatomy: Anatomy, chance: _Chance) -> tuple[Tensor, Tensor, float, Tensor]:
+def _deformed(anatomy: Anatomy, chance: Chance) -> tuple[Tensor, Tensor, float, Tensor]:
     """A random pose, size and shape of the brain, and a tumor that pushes it aside.
 
     Returns:
@@ -181,14 +181,14 @@ def _deformed(anatomy: Anatomy, chance: _Chance) -> tuple[Tensor, Tensor, float,
         for n in chance.shape
     ]
     points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
-    matrix = torch.eye(3, device=chance.device) + 0.04 * chance.normal(3, 3).clamp(-2, 2)
-    size = BRAIN_MM3 * math.exp(chance.uniform(-0.12, 0.12))
+    matrix = torch.eye(3, device=chance.device) + 0.035 * chance.normal(3, 3).clamp(-2, 2)
+    size = BRAIN_MM3 * math.exp(chance.uniform(-0.1, 0.1))
     matrix *= (anatomy.volume_mm3 / size / matrix.det()) ** (1 / 3)
     if chance.uniform(0, 1) < 0.5:
         matrix[0] *= -1
     middle = torch.tensor(anatomy.middle).to(points)
     source = points @ matrix.T + middle  # where in the anatomy each point comes from
-    for scale, amplitude in ((45, 3.5), (18, 1.2)):
+    for scale, amplitude in ((45, 3.0), (18, 1.2)):
         source += amplitude * torch.stack([chance.field(scale) for _ in range(3)], -1)
 
     coarse = (slice(None, None, max(1, round(4 / chance.spacing))),) * 3
@@ -202,19 +202,19 @@ def _deformed(anatomy: Anatomy, chance: _Chance) -> tuple[Tensor, Tensor, float,
     return anatomy.sample(source), offset, radius, source[..., 0] - middle[0]
 
 
-def _individual(brain: Tensor, chance: _Chance) -> Tensor:
+def _individual(brain: Tensor, chance: Chance) -> Tensor:
     """Fractions (4, X, Y, Z) with folds and ventricles of one person: wider here, narrower there.
 
     Outside the brain, where all are 0, they become meaningless; they sum to 1 everywhere.
     """
     logits = torch.log(brain + 1e-3)
-    logits[Tissue.CSF] += chance.uniform(-0.8, 0.8)  # young to old
+    logits[Tissue.CSF] += chance.uniform(-1.1, 0.6)  # young to old
     for tissue in (Tissue.CSF, Tissue.CORTEX):
         logits[tissue] += chance.field(4) + 0.5 * chance.field(10)
     return torch.softmax(logits, 0)
 
 
-def _vessels(brain: Tensor, mask: Tensor, midline: Tensor, chance: _Chance) -> Tensor:
+def _vessels(brain: Tensor, mask: Tensor, midline: Tensor, chance: Chance) -> Tensor:
     """Fraction (X, Y, Z) of blood: winding tubes in the fluid, more at the surface; the sinus.
 
     A tube is where two random fields are both near zero.
@@ -229,7 +229,7 @@ def _vessels(brain: Tensor, mask: Tensor, midline: Tensor, chance: _Chance) -> T
 
 
 def _tumor(
-    brain: Tensor, mask: Tensor, offset: Tensor, radius: float, chance: _Chance
+    brain: Tensor, mask: Tensor, offset: Tensor, radius: float, chance: Chance
 ) -> tuple[Tensor, Tensor]:
     """Fractions (3, X, Y, Z) in the order of TUMOR, and labels (X, Y, Z)."""
     edge = 0.5 * chance.spacing  # mm over which a boundary is shared between voxels
@@ -250,7 +250,7 @@ def _tumor(
     for _ in range(20):
         level = torch.maximum(source, passes * functional.avg_pool3d(level, 3, 1, 1))
     level = _fine(level.clamp(min=1e-9).log(), stride, chance.shape)
-    extent = chance.uniform(1.5, 8.5)
+    extent = chance.uniform(2, 10)
     edema = torch.sigmoid((level + extent + 0.8 * chance.field(6)) / 0.6) * loose * (1 - core)
 
     segmentation = torch.zeros(chance.shape, dtype=torch.uint8, device=chance.device)
@@ -268,7 +268,7 @@ def _mix(brain: Tensor, tumor: Tensor, blood: Tensor) -> Tensor:
     return torch.cat([healthy, tumor])
 
 
-def _signals(fractions: Tensor, mask: Tensor, chance: _Chance) -> dict[Modality, Tensor]:
+def _signals(fractions: Tensor, mask: Tensor, chance: Chance) -> dict[Modality, Tensor]:
     """The signed signal (X, Y, Z) of each sequence, 0 outside the mask.
 
     Relaxation times and sequences vary from case to case, and tissue a little from place to place.
@@ -287,7 +287,7 @@ def _signals(fractions: Tensor, mask: Tensor, chance: _Chance) -> dict[Modality,
     texture = torch.stack([0.04 * chance.field(25) + 0.025 * chance.field(4) for _ in range(3)])
     lumps = 0.12 * chance.field(7) + 0.08 * chance.field(3)
     uptake = {  # of contrast agent, mmol/l
-        Tissue.ENHANCING: chance.uniform(0.08, 0.4) * torch.exp(0.5 * chance.field(5)),
+        Tissue.ENHANCING: chance.uniform(0.08, 0.35) * torch.exp(0.5 * chance.field(5)),
         Tissue.BLOOD: chance.uniform(0.5, 2) * torch.ones_like(lumps),
     }
     signals = {modality: torch.zeros(chance.shape, device=chance.device) for modality in sequences}
@@ -308,7 +308,7 @@ def _signals(fractions: Tensor, mask: Tensor, chance: _Chance) -> dict[Modality,
     return signals
 
 
-def _acquire(signal: Tensor, mask: Tensor, chance: _Chance) -> Tensor:
+def _acquire(signal: Tensor, mask: Tensor, chance: Chance) -> Tensor:
     """Magnitude image (X, Y, Z): bias field, slices of some thickness, Rician noise."""
     bias = torch.exp(chance.uniform(0.03, 0.15) * chance.field(70))
     axis = 2 if chance.uniform(0, 1) < 0.8 else int(chance.uniform(0, 3))

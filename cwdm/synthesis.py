@@ -63,9 +63,7 @@ class Synthesis:
         image, sidecar = output_paths(
             self.case, self.provenance.target, folder, overwrite=overwrite
         )
-        write_volume(
-            self.volume.voxels, self.volume, image, self.provenance.description, overwrite
-        )
+        write_volume(self.volume.voxels, self.volume, image, self.provenance.description, overwrite)
         self.provenance.write(sidecar, overwrite=overwrite)
         return image
 
@@ -144,9 +142,7 @@ class Synthesizer:
         cond = condition(
             {m: image[None, None].to(self.device) for m, image in prepared.images.items()}, target
         )
-        denoise = clamped(
-            partial(self._denoise, cond=cond), normalization.low, normalization.high
-        )
+        denoise = clamped(partial(self._denoise, cond=cond), normalization.low, normalization.high)
         draw = noise_stream((1, 8, *cond.shape[2:]), seed, self.device)
         chain = sample(
             denoise,
@@ -168,9 +164,7 @@ class Synthesizer:
             torch=torch.__version__,
             case=case.id,
             target=target,
-            inputs={
-                m: Source(name=v.path.name, sha256=sha256(v.path)) for m, v in volumes.items()
-            },
+            inputs={m: Source(name=v.path.name, sha256=sha256(v.path)) for m, v in volumes.items()},
             absent=absent,
             model=Source(name=config.name, sha256=self.model.sha256),
             seed=seed,
@@ -252,9 +246,7 @@ def synthesize(
     Example:
         >>> cwdm.synthesize("BraTS-GLI-00000-000", "t2f").write(Path("out"))  # doctest: +SKIP
     """
-    loaded = Synthesizer.load(
-        parse_modality(missing), model, device=device, precision=precision
-    )
+    loaded = Synthesizer.load(parse_modality(missing), model, device=device, precision=precision)
     case = case if isinstance(case, Case) else read_case(Path(case))
     return loaded(case, seed=seed, steps=steps, sampler=sampler)
 

@@ -137,7 +137,9 @@ def _golden_weights(entry: dict[str, Any]) -> dict[str, torch.Tensor]:
         if len(shape) >= 2:
             value = value * np.float32(np.sqrt(3 / np.prod(shape[1:])))
         else:
-            value = value * np.float32(0.2) + 1 if name.endswith("weight") else value * np.float32(0.1)
+            value = (
+                value * np.float32(0.2) + 1 if name.endswith("weight") else value * np.float32(0.1)
+            )
         if name.startswith("out.2."):
             value = value * np.float32(entry["out_gain"])
             if name.endswith("bias"):

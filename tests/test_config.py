@@ -18,7 +18,7 @@ def test_every_preset_builds_and_survives_a_round_trip(name):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name = 'x'", "target: Missing"),
+        ("name = 'x'", "target: Field required"),
         ("name = 'x'\ntarget = 'flair'", "target:"),
         ("name = 'x'\ntarget = 't2f'\nchanels = 3", "unknown key chanels"),
         ("name = 'x'\ntarget = 't2f'\n[network]\nchanels = 3", "unknown key network.chanels"),

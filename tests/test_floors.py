@@ -45,7 +45,7 @@ def features_without(target: Modality, volumes: Mapping[Modality, Volume]) -> Ca
     return CaseFeatures.of({m: v for m, v in volumes.items() if m is not target})
 
 
-def test_features_are_gaussian_averages_in_millimetres_of_the_normalised_image() -> None:
+def test_features_are_gaussian_averages_in_millimetres_of_the_normalized_image() -> None:
     voxels = case(1)[T1N].voxels
     anisotropic = volume(voxels, spacing_mm=(1.0, 2.0, 0.5))
     features = CaseFeatures.of({T1N: anisotropic})
@@ -93,8 +93,8 @@ def test_ridge_equals_the_normal_equations(sample: VoxelSample) -> None:
     regression = VoxelRegression.fit(sample, T2F, "ridge")
     x = sample.values[:, :3].reshape(len(sample.values), 12).astype(np.float64)
     y = sample.values[:, 3, 0].astype(np.float64)
-    centred = x - x.mean(axis=0)
-    weights = np.linalg.solve(centred.T @ centred + np.eye(12), centred.T @ (y - y.mean()))
+    centered = x - x.mean(axis=0)
+    weights = np.linalg.solve(centered.T @ centered + np.eye(12), centered.T @ (y - y.mean()))
     volumes = case(9)
     predicted = regression(features_without(T2F, volumes))
     features = CaseFeatures.of(volumes)

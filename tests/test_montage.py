@@ -14,7 +14,7 @@ from cwdm.case import read_case
 from cwdm.errors import InputError
 from cwdm.intensity import Scale
 from cwdm.modality import Modality, others
-from cwdm.montage import draw_synthesis, inferno, montage, write_png
+from cwdm.montage import inferno, montage, preview, write_png
 from cwdm.provenance import Provenance, Source
 from cwdm.volume import read_volume
 
@@ -174,7 +174,7 @@ def test_the_file_says_that_it_is_synthetic_and_is_not_overwritten(
 
 
 def test_a_synthesis_is_drawn_beside_the_inputs_it_was_made_from(
-    make_case: Callable[..., Path], tmp_path: Path
+    make_case: Callable[..., Path],
 ) -> None:
     from cwdm.synthesis import Synthesis
 
@@ -199,7 +199,5 @@ def test_a_synthesis_is_drawn_beside_the_inputs_it_was_made_from(
         warnings=(),
     )
     volume = read_volume(case.images[Modality.T1N])
-    path = tmp_path / "preview.png"
-    draw_synthesis(Synthesis(volume, provenance), case, path)
-    with Image.open(path) as stored:
-        assert [len(row) for row in panels(stored)] == [3, 3, 3]
+    picture = preview(Synthesis(volume, provenance, case))
+    assert [len(row) for row in panels(picture)] == [3, 3, 3]

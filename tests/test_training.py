@@ -110,12 +110,13 @@ def test_training_learns_a_simple_relation(make_case, tmp_path):
     cases = find_cases(make_case(folder="one"))
     settings = replace(
         CONFIG.training,
-        iterations=60,
-        learning_rate=1e-2,
+        iterations=150,
+        learning_rate=5e-3,
         ema=0.0,
         noise_share=1.0,
         drop_conditions=0.0,
         augmentation=Augmentation(),
     )
     steps = list(train(replace(CONFIG, training=settings), cases, tmp_path, device=CPU))
-    assert steps[-1].loss < 0.2 * steps[0].loss
+    losses = [step.loss for step in steps]
+    assert np.mean(losses[-20:]) < 0.2 * np.mean(losses[:5])
