@@ -95,8 +95,8 @@ def mni152() -> Anatomy:
     axes = [(start[i] + step[i] * np.arange(n)) / radius[i] for i, n in enumerate(grey.shape)]
     deep = grey * (sum(axis**2 for axis in np.ix_(*axes)) < 1)
     csf = np.clip(1 - grey - white, 0, 1)
-    maps = np.stack([csf, grey - deep, deep, white]) ** SHARPEN
-    return _anatomy(maps, mask, affine)
+    maps = np.stack([csf, grey - deep, deep, white])
+    return _anatomy(np.power(maps, SHARPEN, dtype=np.float32), mask, affine)
 
 
 def from_labels(path: Path) -> Anatomy:

@@ -28,4 +28,5 @@ def condition(images: Mapping[Modality, Tensor], target: Modality) -> Tensor:
 
 def mean_of_conditions(cond: Tensor) -> Tensor:
     """Coefficients of the mean conditioning image: (B, 8*C, X, Y, Z) -> (B, 8, X, Y, Z)."""
-    return cond.unflatten(1, (-1, 8)).mean(dim=1)
+    images: Tensor = cond.unflatten(1, (-1, 8))
+    return images.mean(dim=1)

@@ -91,7 +91,7 @@ class Training:
     noise_share: float = 0.0
     """Share of the steps spent at t = T, where the best estimate is the conditional mean."""
     band_weights: tuple[float, ...] = (1.0,) * 8
-    """Weight of each sub-band's error. With 9 for LLL (its scale squared) the loss is the image's."""
+    """Weight of each sub-band's error. With 9 for LLL (its scale squared) they make the image's."""
     drop_conditions: float = 0.0
     """Probability that one of the conditioning images is missing, two with its square."""
     checkpoint_every: int = 10_000
@@ -140,7 +140,7 @@ class Config:
             source = preset
         else:
             raise InputError(
-                f"{name_or_path}: neither a file nor a preset, expected one of {', '.join(presets())}"
+                f"{name_or_path}: no such file or preset, expected one of {', '.join(presets())}"
             )
         try:
             return cls.parse(tomllib.loads(source.read_text()), str(path))

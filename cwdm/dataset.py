@@ -112,10 +112,11 @@ class TrainingBlocks(Dataset[Tensor]):
         with torch.random.fork_rng(devices=[]):  # TorchIO draws from torch's global generator
             torch.manual_seed(int(rng.integers(2**63)))
             changed = self.transform(subject)
-        mask = changed[_MASK].data[0].numpy() > 0
+        changed_images = changed.get_images_dict(intensity_only=False)
+        mask = changed_images[_MASK].data[0].numpy() > 0
         images = []
         for modality in Modality:
-            voxels = changed[modality.value].data[0].numpy()
+            voxels = changed_images[modality.value].data[0].numpy()
             scale = self.normalization.measure(voxels, mask)
             if modality != self.config.target:
                 error = rng.normal(size=2) * 0.3 * self.config.training.augmentation.contrast

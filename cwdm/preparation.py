@@ -97,9 +97,11 @@ def prepare(
         spacing_mm: voxel size of the images; a case within 10 % of it is not resampled.
     """
     masks = {modality: brain_mask(volume) for modality, volume in volumes.items()}
-    mask = 2 * sum(m.astype(np.uint8) for m in masks.values()) >= len(masks)
+    stacked = np.stack(list(masks.values()))
+    votes: NDArray[np.int64] = stacked.sum(axis=0)
+    mask = np.greater_equal(2 * votes, len(masks))
     if not mask.any():
-        mask = np.logical_or.reduce(list(masks.values()))
+        mask = np.greater(votes, 0)
     spacing = np.linalg.norm(next(iter(volumes.values())).affine[:3, :3], axis=0)
     zoom = np.where(abs(spacing / spacing_mm - 1) > _SAME_SPACING, spacing / spacing_mm, 1.0)
     box = Box.around(mask, multiple if (zoom == 1).all() else 1)

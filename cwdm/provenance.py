@@ -48,8 +48,9 @@ class Provenance:
     synthetic: bool = True
     use: str = "Research use only. Not acquired by a scanner; not for diagnosis."
     intensities: str = (
-        "The intensity range of a modality that was not acquired is unknown. It is assumed from the "
-        "case's other modalities and the training cases (target_scale); absolute values mean little."
+        "The intensity range of a modality that was not acquired is unknown. It is assumed from "
+        "the case's other modalities and the training cases (target_scale): absolute values mean "
+        "little."
     )
 
     @property

@@ -6,6 +6,7 @@ two are, so every subset of the steps works with the same code.
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -42,11 +43,11 @@ def ddpm_step(
     """
     a_t, a_s = schedule[t], schedule[s]
     beta = 1 - a_t / a_s
-    of_x_0 = a_s**0.5 * beta / (1 - a_t)
-    of_x_t = (1 - a_s) * (1 - beta) ** 0.5 / (1 - a_t)
+    of_x_0 = sqrt(a_s) * beta / (1 - a_t)
+    of_x_t = (1 - a_s) * sqrt(1 - beta) / (1 - a_t)
     mean = of_x_0 * x_0 + of_x_t * x_t
     noise = draw()
-    return mean + beta**0.5 * noise if s > 0 else mean
+    return mean + sqrt(beta) * noise if s > 0 else mean
 
 
 def ddim_step(
@@ -54,8 +55,8 @@ def ddim_step(
 ) -> Tensor:
     """Deterministic step (Song et al. 2021, arXiv 2010.02502, eq. 12 with eta = 0)."""
     a_t, a_s = schedule[t], schedule[s]
-    noise = (x_t - a_t**0.5 * x_0) / (1 - a_t) ** 0.5
-    return a_s**0.5 * x_0 + (1 - a_s) ** 0.5 * noise
+    noise = (x_t - sqrt(a_t) * x_0) / sqrt(1 - a_t)
+    return sqrt(a_s) * x_0 + sqrt(1 - a_s) * noise
 
 
 SAMPLERS: dict[str, Step] = {"ddpm": ddpm_step, "ddim": ddim_step}
@@ -63,7 +64,7 @@ SAMPLERS: dict[str, Step] = {"ddpm": ddpm_step, "ddim": ddim_step}
 
 
 def clamped(denoise: Denoise, low: float, high: float) -> Denoise:
-    """The denoiser with each estimate clamped in image space, as published (static thresholding)."""
+    """The denoiser with each estimate clamped in image space, as published."""
     return lambda x_t, t: clamp_image(denoise(x_t, t), low, high)
 
 

@@ -121,7 +121,7 @@ def write_case(case: SimulatedCase, output: Path, *, overwrite: bool = False) ->
 
 
 def _blank(voxels: NDArray[np.generic], affine: NDArray[np.float64], path: Path) -> Volume:
-    """A volume to be stored LPS with 1 mm units, in the voxels' own data type."""
+    """A volume to be stored LPS, in mm, in the voxels' own data type."""
     flip = np.diag([-1.0, -1.0, 1.0, 1.0])
     flip[:2, 3] = np.array(voxels.shape[:2]) - 1
     header = nib.Nifti1Header()
@@ -326,7 +326,8 @@ def _acquire(signal: Tensor, mask: Tensor, chance: Chance) -> Tensor:
     acquired /= inside.clamp(min=1e-3)  # the brain alone: what was around it is stripped later
     image = rician(acquired, chance.normal(2, *acquired.shape) * noise)
     between = (1 - apart.abs()).clamp(min=0)
-    return torch.tensordot(image, between, dims=([2], [1])).movedim(-1, axis)
+    resampled: Tensor = torch.tensordot(image, between, dims=([2], [1]))
+    return resampled.movedim(-1, axis)
 
 
 def rician(signal: Tensor, noise: Tensor) -> Tensor:

@@ -10,9 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cwdm import __version__
@@ -57,8 +55,8 @@ class Synthesis:
         """Write ``<id>-<modality>.nii.gz`` and ``.json`` into ``folder``; returns the image's path.
 
         Raises:
-            InputError: one of the two is there already (with ``overwrite``: is an image of the case,
-                or not made by cwdm), or the folder cannot be written.
+            InputError: one of the two is there already (with ``overwrite``: is an image of the
+                case, or not made by cwdm), or the folder cannot be written.
         """
         image, sidecar = output_paths(
             self.case, self.provenance.target, folder, overwrite=overwrite
@@ -152,7 +150,8 @@ class Synthesizer:
             step=SAMPLERS[sampler],
             times=schedule.timesteps(steps),
         )
-        for done, x_0 in enumerate(chain, start=1):
+        for done, x_s in enumerate(chain, start=1):
+            x_0 = x_s
             if progress:
                 progress(done, steps)
         scale = self.model.prior.predict(prepared.scales)
@@ -267,5 +266,6 @@ def choose_bf16(precision: Precision, device: torch.device) -> bool:
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.9
+    # since torch 2.9; before, bfloat16 has to be asked for
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("amx_bf16", False))

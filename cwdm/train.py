@@ -7,7 +7,7 @@ equals an uninterrupted one.
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,8 +66,8 @@ def train(
         compiled: compile the network with torch.compile first.
 
     Raises:
-        InputError: ``run_dir`` holds a run and ``resume`` is off, or a run of another configuration;
-            or the cases cannot be used.
+        InputError: ``run_dir`` holds a run and ``resume`` is off, or a run of another
+            configuration; or the cases cannot be used.
     """
     settings = config.training
     checkpoint = run_dir / CHECKPOINT
@@ -83,8 +83,7 @@ def train(
     times = schedule.timesteps(settings.timesteps)[:-1]
     data = TrainingBlocks(cases, config, multiple=2 * config.network.divisor)
     prior = ScalePrior.learn(config.target, data.scales)
-    network = torch.compile(denoiser) if compiled else denoiser
-    network.train()
+    network: Callable[..., Tensor] = torch.compile(denoiser) if compiled else denoiser
     for step, images in _batches(data, done, settings):
         start = time.perf_counter()
         generator = torch.Generator().manual_seed(settings.seed * 2**32 + step)
@@ -102,13 +101,13 @@ def train(
         losses = band_loss(estimate, x_0)
         loss = (losses * torch.tensor(settings.band_weights, device=device)).mean()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         average.update_parameters(denoiser)
         if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.iterations:
             _save(checkpoint, config, denoiser, average, optimizer, step + 1)
-            weights = average.module if settings.ema else denoiser
-            half = {k: v.half() for k, v in weights.backbone.state_dict().items()}
+            weights = average.module.get_submodule("backbone").state_dict()
+            half = {name: tensor.half() for name, tensor in weights.items()}
             save_model(config, half, prior, run_dir / MODEL, overwrite=True)
         yield TrainStep(step + 1, loss.item(), losses.detach(), time.perf_counter() - start)
 
@@ -120,8 +119,8 @@ def _batches(
     per_block = data.patches_per_block // settings.batch
     if per_block == 0 or data.patches_per_block % settings.batch:
         raise InputError(
-            f"training.batch = {settings.batch} does not divide the {data.patches_per_block} patches"
-            " of a block (cases_per_block * patches_per_case)"
+            f"training.batch = {settings.batch} does not divide the {data.patches_per_block} "
+            "patches of a block (cases_per_block * patches_per_case)"
         )
     blocks = range(first_step // per_block, -(-settings.iterations // per_block))
     loader = DataLoader(

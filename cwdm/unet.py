@@ -26,7 +26,7 @@ class UNetConfig:
     channels: int = 64
     """Width at full coefficient resolution."""
     multipliers: tuple[int, ...] = (1, 2, 2, 4, 4)
-    """Width of each level as a multiple of ``channels``; each level but the first halves the grid."""
+    """Width of each level in ``channels``; each level but the first halves the grid."""
     res_blocks: int = 2
     """Residual blocks per level on the way down; one more on the way up."""
     groups: int = 32
@@ -131,7 +131,8 @@ class Attention(nn.Module):
         flat = x.flatten(2)
         qkv = self.qkv(self.norm(flat)).unflatten(1, (self.heads, 3, -1)).transpose(-1, -2)
         h = F.scaled_dot_product_attention(*qkv.unbind(2)).transpose(-1, -2)
-        return (flat + self.proj_out(h.flatten(1, 2))).view_as(x)
+        attended: Tensor = flat + self.proj_out(h.flatten(1, 2))
+        return attended.view_as(x)
 
 
 class Downsample(nn.Module):

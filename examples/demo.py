@@ -1,7 +1,7 @@
 """The whole line on a simulated case: remove its FLAIR, synthesize it, compare, draw.
 
-No patient data and no download. `make demo` runs it; so does `python examples/demo.py [FOLDER]`. What is
-in FOLDER (by default `demo`) from an earlier run is made again.
+No patient data and no download. `make demo` runs it; so does `python examples/demo.py [FOLDER]`.
+What is in FOLDER (by default `demo`) from an earlier run is made again.
 """
 
 import shutil

@@ -31,7 +31,7 @@ def test_every_preset_builds_and_survives_a_round_trip(name):
 def test_a_mistake_is_named(text, message, tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(text)
-    with pytest.raises(InputError, match="mine.toml") as caught:
+    with pytest.raises(InputError, match=r"mine\.toml") as caught:
         Config.read(path)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -1,6 +1,7 @@
 """The process against the published tables, and the denoiser and its loss."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def test_timesteps_fall_from_T_to_zero():
         times = schedule.timesteps(n)
         assert len(times) == n + 1
         assert (times[0], times[-1]) == (1000, 0)
-        assert all(a > b for a, b in zip(times, times[1:], strict=False))
+        assert all(a > b for a, b in pairwise(times))
     with pytest.raises(ValueError, match="1001"):
         schedule.timesteps(1001)
 

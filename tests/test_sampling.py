@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
+from monai.networks.schedulers.ddim import DDIMScheduler
+from monai.networks.schedulers.ddpm import DDPMScheduler
 from torch.testing import assert_close
 
 from cwdm.coefficients import decode, encode

@@ -4,6 +4,7 @@ import math
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -28,7 +29,8 @@ from cwdm.relaxation import (
 from cwdm.simulate import BRAIN_MM3, Chance, SimulatedCase, case_id, rician, simulate, write_case
 from cwdm.volume import read_volume, read_volumes
 
-SMALL = {"shape": (48, 56, 44), "spacing": 4.0}
+SHAPE, SPACING = (48, 56, 44), 4.0
+simulate_small = partial(simulate, shape=SHAPE, spacing=SPACING)
 CASES = [(1, 0), (1, 1), (1, 2), (7, 0), (7, 1), (7, 2)]
 
 
@@ -59,7 +61,7 @@ def onion() -> Anatomy:
 
 @pytest.fixture(scope="module")
 def cases(onion: Anatomy) -> list[SimulatedCase]:
-    return [simulate(seed, index, onion, **SMALL) for seed, index in CASES]
+    return [simulate_small(seed, index, onion) for seed, index in CASES]
 
 
 @pytest.fixture
@@ -215,7 +217,7 @@ def test_label_maps_become_fractions_with_fluid_around_the_cortex(label_map: Pat
 
 
 def test_labels_of_other_schemes_count_as_what_is_nearest(label_map: Path):
-    image = nib.load(label_map)
+    image: Any = nib.load(label_map)
     labels = np.asarray(image.dataobj).copy()
     before = from_labels(label_map).fractions
     inside = tuple(np.argwhere(labels == 2)[100])
@@ -266,7 +268,7 @@ def test_the_template_is_a_brain():
 
 
 def test_a_case_depends_on_its_seed_and_index_alone(onion: Anatomy, cases: list[SimulatedCase]):
-    again = simulate(*CASES[4], onion, **SMALL)
+    again = simulate_small(*CASES[4], onion)
     assert again.id == cases[4].id == "SIM-00007-001"
     assert torch.equal(again.segmentation, cases[4].segmentation)
     for modality in Modality:
@@ -288,11 +290,11 @@ def test_background_is_zero_and_the_brain_is_not(cases: list[SimulatedCase], num
     mask = case.images[Modality.T1N] > 0
     for image in case.images.values():
         assert image.dtype == torch.int16
-        assert image.shape == SMALL["shape"]
+        assert image.shape == SHAPE
         assert torch.equal(image > 0, mask)
         assert image.min() == 0
         assert image[mask].float().std() > 0.1 * image[mask].float().mean()
-    assert mask.sum() * SMALL["spacing"] ** 3 == pytest.approx(BRAIN_MM3, rel=0.3)
+    assert mask.sum() * SPACING**3 == pytest.approx(BRAIN_MM3, rel=0.3)
     assert case.segmentation.dtype == torch.uint8
     assert not case.segmentation[~mask].any()
     assert set(case.segmentation.unique().tolist()) <= {0, 1, 2, 3}
@@ -354,7 +356,7 @@ def test_a_case_is_written_as_brats_writes_it(cases: list[SimulatedCase], tmp_pa
     assert not found.missing
     assert found.segmentation == folder / names[0]
     for path in folder.iterdir():
-        image = nib.load(path)
+        image: Any = nib.load(path)
         header = image.header
         assert nib.aff2axcodes(image.affine) == ("L", "P", "S")
         assert image.affine.tolist() == [[-4, 0, 0, 0], [0, -4, 0, 220], [0, 0, 4, 0], [0, 0, 0, 1]]
@@ -382,7 +384,7 @@ def test_a_case_that_is_there_is_not_overwritten(cases: list[SimulatedCase], tmp
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "simulate", partial(simulate, **SMALL))
+    monkeypatch.setattr(module, "simulate", simulate_small)
 
 
 @pytest.mark.usefixtures("small")
@@ -392,7 +394,7 @@ def test_the_command_writes_the_cases_of_the_library(label_map: Path, tmp_path: 
     assert result.exit_code == 0, result.output
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert written == [case_id(5, 0), case_id(5, 1)]
-    expected = simulate(5, 1, from_labels(label_map), **SMALL)
+    expected = simulate_small(5, 1, from_labels(label_map))
     folder = tmp_path / "out" / case_id(5, 1)
     for modality, volume in read_volumes(read_case(folder), Modality).items():
         assert np.array_equal(volume.voxels, expected.images[modality].numpy())
