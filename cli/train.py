@@ -18,6 +18,11 @@ from . import options
 )
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
 @click.option("--resume", is_flag=True, help="Continue from the checkpoint in the output folder.")
+@click.option(
+    "--init",
+    type=click.Path(path_type=Path),
+    help="A model (.safetensors) of the same network to start from.",
+)
 @click.option("--compile", "compiled", is_flag=True, help="Compile the network first (minutes).")
 @options.device
 @options.precision
@@ -26,6 +31,7 @@ def train(
     data: tuple[Path, ...],
     output: Path,
     resume: bool,
+    init: Path | None,
     compiled: bool,
     device: str,
     precision: str,
@@ -55,6 +61,7 @@ def train(
         bf16=choose_bf16(precision, place),  # type: ignore[arg-type]
         resume=resume,
         compiled=compiled,
+        init=init,
     )
     with tqdm(total=settings.training.iterations, unit="step", smoothing=0.01) as bar:
         for step in run:

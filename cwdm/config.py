@@ -92,6 +92,8 @@ class Training:
     """Share of the steps spent at t = T, where the best estimate is the conditional mean."""
     band_weights: tuple[float, ...] = (1.0,) * 8
     """Weight of each sub-band's error. With 9 for LLL (its scale squared) they make the image's."""
+    structure_weight: float = 0.0
+    """Weight of 1 - SSIM of the image, added to the loss."""
     drop_conditions: float = 0.0
     """Probability that one of the conditioning images is missing, two with its square."""
     checkpoint_every: int = 10_000

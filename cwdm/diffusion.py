@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cwdm.conditioning import mean_of_conditions
 
-__all__ = ["Prediction", "Schedule", "WaveletDenoiser", "band_loss"]
+__all__ = ["Prediction", "Schedule", "WaveletDenoiser"]
 
 Prediction = Literal["x_0", "residual"]
 """What the network puts out: the clean coefficients, or their difference from the mean of the
@@ -104,11 +104,3 @@ class WaveletDenoiser(nn.Module):
         if self.prediction == "residual" and cond is not None:
             output = output + mean_of_conditions(cond)
         return output
-
-
-def band_loss(estimate: Tensor, x_0: Tensor) -> Tensor:
-    """Mean squared error of each band over batch and space: two (B, 8, X, Y, Z) -> (8,).
-
-    Its mean is the loss of WDM (arXiv 2402.19043, eq. 4): all bands count alike.
-    """
-    return (estimate.float() - x_0.float()).square().mean(dim=(0, 2, 3, 4))

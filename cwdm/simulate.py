@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -30,7 +29,7 @@ from cwdm.relaxation import (
     nulling_time,
     spin_echo,
 )
-from cwdm.volume import Volume, write_volume
+from cwdm.volume import new_volume, write_volume
 
 Shape = tuple[int, int, int]
 
@@ -115,23 +114,13 @@ def write_case(case: SimulatedCase, output: Path, *, overwrite: bool = False) ->
     for name, voxels in [*case.images.items(), ("seg", case.segmentation)]:
         path = folder / f"{case.id}-{name}.nii.gz"
         array = voxels.cpu().numpy()
-        like = _blank(array, case.affine, path)
+        like = new_volume(array, case.affine, array.dtype)
+        to_lps = np.diag([-1.0, -1.0, 1.0, 1.0])
+        to_lps[:2, 3] = np.array(array.shape[:2]) - 1
+        like.header.set_qform(case.affine @ to_lps, code=1)
+        like.header.set_sform(case.affine @ to_lps, code=1)
         write_volume(array, like, path, f"cwdm {__version__} simulated, no patient", overwrite)
     return folder
-
-
-def _blank(voxels: NDArray[np.generic], affine: NDArray[np.float64], path: Path) -> Volume:
-    """A volume to be stored LPS, in mm, in the voxels' own data type."""
-    flip = np.diag([-1.0, -1.0, 1.0, 1.0])
-    flip[:2, 3] = np.array(voxels.shape[:2]) - 1
-    header = nib.Nifti1Header()
-    header.set_data_dtype(voxels.dtype)
-    header.set_data_shape(voxels.shape)
-    header.set_xyzt_units("mm")
-    header.set_qform(affine @ flip, 1)
-    header.set_sform(affine @ flip, 1)
-    header.set_slope_inter(1, 0)
-    return Volume(voxels.astype(np.float32), affine, header, path)
 
 
 class Chance:
@@ -298,7 +287,7 @@ def _signals(fractions: Tensor, mask: Tensor, chance: Chance) -> dict[Modality, 
         local = texture[:, where] + (lumps[where] if tissue in TUMOR else 0)
         local[2] /= 3  # water content varies less
         t1, t2, pd = (
-            size * math.exp(chance.uniform(-spread, spread)) * (1 + change)
+            size * math.exp(chance.uniform(-spread, spread)) * change.exp()
             for size, change in zip(sizes, local, strict=True)
         )
         for modality, sequence in sequences.items():
@@ -309,7 +298,10 @@ def _signals(fractions: Tensor, mask: Tensor, chance: Chance) -> dict[Modality, 
 
 
 def _acquire(signal: Tensor, mask: Tensor, chance: Chance) -> Tensor:
-    """Magnitude image (X, Y, Z): bias field, slices of some thickness, Rician noise."""
+    """Magnitude image (X, Y, Z): bias field, slices of some thickness, Rician noise.
+
+    Half of the images have slices of 1 mm, or of one voxel where that is more.
+    """
     bias = torch.exp(chance.uniform(0.03, 0.15) * chance.field(70))
     axis = 2 if chance.uniform(0, 1) < 0.8 else int(chance.uniform(0, 3))
     thick = chance.uniform(1, 6 if axis == 2 else 4) if chance.uniform(0, 1) < 0.5 else 1

@@ -19,16 +19,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from cwdm.case import Case
-from cwdm.coefficients import encode
+from cwdm.coefficients import decode, encode
 from cwdm.conditioning import condition
 from cwdm.config import Config, Training
 from cwdm.dataset import TrainingBlocks
-from cwdm.diffusion import Schedule, band_loss
+from cwdm.diffusion import Schedule
 from cwdm.errors import InputError
 from cwdm.files import atomic_write
 from cwdm.intensity import ScalePrior
+from cwdm.losses import band_loss, structure_loss
 from cwdm.modality import Modality, others
-from cwdm.model import build_denoiser, save_model
+from cwdm.model import build_denoiser, load_model, save_model
 
 __all__ = ["TrainStep", "train"]
 
@@ -57,6 +58,7 @@ def train(
     bf16: bool = False,
     resume: bool = False,
     compiled: bool = False,
+    init: Path | None = None,
 ) -> Iterator[TrainStep]:
     """Train, yielding after every step; writes a checkpoint and the model into ``run_dir``.
 
@@ -64,6 +66,7 @@ def train(
         bf16: compute the network in bfloat16 (weights, loss and optimizer stay float32).
         resume: continue from the checkpoint in ``run_dir`` if there is one.
         compiled: compile the network with torch.compile first.
+        init: start from the weights of this model instead of random ones.
 
     Raises:
         InputError: ``run_dir`` holds a run and ``resume`` is off, or a run of another
@@ -75,6 +78,8 @@ def train(
         raise InputError(f"{run_dir}: already holds a run, expected a new folder or --resume")
     torch.manual_seed(settings.seed)
     denoiser = build_denoiser(config).to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    if init is not None:
+        _start_from(init, config, denoiser)
     average = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
     optimizer = torch.optim.AdamW(denoiser.parameters(), settings.learning_rate, weight_decay=0.0)
     done = _restore(checkpoint, config, denoiser, average, optimizer) if checkpoint.exists() else 0
@@ -91,7 +96,8 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate
         by_modality = dict(zip(Modality, images.to(device).unsqueeze(2).unbind(1), strict=True))
-        x_0 = encode(by_modality.pop(config.target))
+        target_image = by_modality.pop(config.target)
+        x_0 = encode(target_image)
         _drop(by_modality, config.target, settings.drop_conditions, generator)
         cond = condition(by_modality, config.target)
         t = _draw_times(len(images), times, schedule, settings, generator).to(device)
@@ -100,6 +106,9 @@ def train(
             estimate = network(x_t, t, cond)
         losses = band_loss(estimate, x_0)
         loss = (losses * torch.tensor(settings.band_weights, device=device)).mean()
+        if settings.structure_weight:
+            image = decode(estimate.float())
+            loss = loss + settings.structure_weight * structure_loss(image, target_image)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -110,6 +119,14 @@ def train(
             half = {name: tensor.half() for name, tensor in weights.items()}
             save_model(config, half, prior, run_dir / MODEL, overwrite=True)
         yield TrainStep(step + 1, loss.item(), losses.detach(), time.perf_counter() - start)
+
+
+def _start_from(path: Path, config: Config, denoiser: nn.Module) -> None:
+    """Take over the weights of a model of the same network, whatever its target."""
+    model = load_model(path)
+    if model.config.network != config.network:
+        raise InputError(f"{path}: has another network than {config.name}, expected the same")
+    denoiser.load_state_dict(model.denoiser.state_dict())
 
 
 def _batches(

@@ -20,7 +20,15 @@ ROWS = {
     "jobs": {"evaluate", "floors", "montage", "simulate", "synthesis", "train"},
     "files and records": {"anatomy", "case", "config", "dataset", "files", "intensity", "model"}
     | {"preparation", "provenance", "volume"},
-    "tensors": {"coefficients", "conditioning", "diffusion", "metrics", "relaxation", "sampling"}
+    "tensors": {
+        "coefficients",
+        "conditioning",
+        "diffusion",
+        "losses",
+        "metrics",
+        "relaxation",
+        "sampling",
+    }
     | {"unet"},
     "leaves": {"errors", "modality", "wavelet"},
 }

@@ -10,7 +10,8 @@ from torch.testing import assert_close
 
 from cwdm.coefficients import encode
 from cwdm.conditioning import condition
-from cwdm.diffusion import Schedule, WaveletDenoiser, band_loss
+from cwdm.diffusion import Schedule, WaveletDenoiser
+from cwdm.losses import band_loss
 from cwdm.modality import Modality, others
 from cwdm.wavelet import dwt3
 
