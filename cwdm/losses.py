@@ -1,4 +1,4 @@
-"""What training minimizes: the published error of the coefficients, and the structure of the image."""
+"""What training minimizes: the published error of coefficients, and the structure of images."""
 
 from torch import Tensor
 
@@ -37,8 +37,9 @@ def structure_loss(estimate: Tensor, truth: Tensor) -> Tensor:
 
 
 def _windows(images: Tensor) -> Tensor:
-    """Images (B, 1, X, Y, Z) -> the voxels of each window (windows, 216); a rest at an end is cut."""
-    for axis in (2, 3, 4):
-        images = images.narrow(axis, 0, images.shape[axis] // _WINDOW * _WINDOW)
-        images = images.unflatten(axis + (axis - 2), (-1, _WINDOW))
-    return images.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(-1, _WINDOW**3)
+    """Images (B, 1, X, Y, Z) -> voxels of each window (windows, 216); what is left over is cut."""
+    b, c, *size = images.shape
+    x, y, z = (n // _WINDOW for n in size)
+    whole = images[:, :, : x * _WINDOW, : y * _WINDOW, : z * _WINDOW]
+    split = whole.reshape(b, c, x, _WINDOW, y, _WINDOW, z, _WINDOW)
+    return split.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(-1, _WINDOW**3)

@@ -60,12 +60,10 @@ def test_with_a_copying_network_the_first_input_comes_back(make_case):
     folder = make_case(endings=("-t1n", "-t1c", "-t2w"))
     case = read_case(folder)
     t1n = nib.load(case.images[Modality.T1N])
-    measured = Synthesizer.load  # the scale that t1n has is the one to predict for t2f
-    assert measured is not None
     model = Model(TINY, WaveletDenoiser(FirstCondition()), SAME, Path("none"), "0")
-    synthesizer = Synthesizer(model, device="cpu", precision="fp32")
-    probe = synthesizer(case).provenance.scales[Modality.T1N]
-    exact = ScalePrior({m: 0.0 for m in others(TARGET)}, probe.offset / probe.scale)
+    probe = Synthesizer(model, device="cpu", precision="fp32")(case)
+    measured = probe.provenance.scales[Modality.T1N]  # the one to predict for t2f
+    exact = ScalePrior({m: 0.0 for m in others(TARGET)}, measured.offset / measured.scale)
     model = replace(model, prior=exact)
     for sampler in ("ddpm", "ddim"):
         result = Synthesizer(model, device="cpu", precision="fp32")(case, sampler=sampler, steps=2)
