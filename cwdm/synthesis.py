@@ -51,7 +51,7 @@ class Synthesis:
     provenance: Provenance
     case: Case
 
-    def write(self, folder: Path, *, overwrite: bool = False) -> Path:
+    def write(self, folder: Path | str, *, overwrite: bool = False) -> Path:
         """Write ``<id>-<modality>.nii.gz`` and ``.json`` into ``folder``; returns the image's path.
 
         Raises:
@@ -203,7 +203,7 @@ class Synthesizer:
 
 
 def output_paths(
-    case: Case, target: Modality, folder: Path, *, overwrite: bool = False
+    case: Case, target: Modality, folder: Path | str, *, overwrite: bool = False
 ) -> tuple[Path, Path]:
     """Where the image and its sidecar go.
 
