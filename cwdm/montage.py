@@ -154,7 +154,7 @@ def preview(synthesis: Synthesis) -> Image.Image:
         spacing_mm=voxel_size_mm(synthesis.volume.affine),
         case_id=synthesis.case.id,
         notes=[
-            f"Model {made.model.name}, {made.steps} step{"s" * (made.steps > 1)} ({made.sampler}), seed {made.seed}; "
+            f"Model {made.model.name}, {made.steps} step(s) of {made.sampler}, seed {made.seed}; "
             f"cwdm {made.cwdm}. Not acquired by a scanner, not for diagnosis."
         ],
     )
