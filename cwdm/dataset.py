@@ -65,7 +65,6 @@ class TrainingBlocks(Dataset[Tensor]):
 
     def __init__(self, cases: Sequence[Case], config: Config, *, multiple: int):
         self.config = config
-        self.multiple = multiple
         self.normalization = NORMALIZATIONS[config.images.normalization]
         complete = [case for case in cases if not case.missing]
         for case in cases:
@@ -103,7 +102,7 @@ class TrainingBlocks(Dataset[Tensor]):
             subject = self.subjects[rng.integers(len(self.subjects))]
             images, mask = self._augmented(subject, rng)
             for _ in range(training.patches_per_case):
-                patches.append(_cut(images, mask, training.patch, self.multiple, rng))
+                patches.append(_cut(images, mask, training.patch, rng))
         order = rng.permutation(len(patches))
         return torch.stack([patches[i] for i in order])
 
@@ -131,7 +130,6 @@ def _cut(
     images: Tensor,
     mask: Tensor,
     patch: tuple[int, int, int] | None,
-    multiple: int,
     rng: np.random.Generator,
 ) -> Tensor:
     """A patch (4, *patch) whose centre lies in the brain where that is possible; or everything."""

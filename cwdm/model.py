@@ -79,8 +79,13 @@ def load_model(path: Path) -> Model:
         raise InputError(
             f"{path}: not a cwdm model (format {metadata.get('format')!r}, expected {_FORMAT!r})"
         )
-    config = Config.parse(json.loads(metadata["config"]), str(path))
-    prior = json.loads(metadata["prior"])
+    try:
+        settings, prior = json.loads(metadata["config"]), json.loads(metadata["prior"])
+        ratios = {Modality(m): float(r) for m, r in prior["ratios"].items()}
+        scale_prior = ScalePrior(ratios, float(prior["offset"]))
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: its metadata are damaged: {error!r}") from error
+    config = Config.parse(settings, str(path))
     denoiser = build_denoiser(config)
     try:
         denoiser.backbone.load_state_dict(weights)
@@ -91,7 +96,7 @@ def load_model(path: Path) -> Model:
     return Model(
         config,
         denoiser,
-        ScalePrior({Modality(m): r for m, r in prior["ratios"].items()}, prior["offset"]),
+        scale_prior,
         Path(path),
         sha256(path),
     )

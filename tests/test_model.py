@@ -59,6 +59,9 @@ def foreign_files(folder):
     other = folder / "other.safetensors"
     save_file({"a": torch.zeros(2)}, other)
     yield "foreign", other, "not a cwdm model"
+    damaged = folder / "damaged.safetensors"
+    save_file({"a": torch.zeros(2)}, damaged, {"format": "cwdm-model-1", "config": "{"})
+    yield "damaged", damaged, "metadata are damaged"
     good = folder / "good.safetensors"
     save_model(TINY, random_weights(), PRIOR, good, overwrite=False)
     cut = folder / "cut.safetensors"
