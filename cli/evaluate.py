@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cwdm.case import Case
+    from cwdm.engine import Precision
     from cwdm.evaluate import Predict
     from cwdm.floors import VoxelRegression
     from cwdm.modality import Modality
-    from cwdm.synthesis import Precision, Synthesizer
+    from cwdm.model import Model
+    from cwdm.synthesis import Synthesizer
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
@@ -139,25 +141,28 @@ def _synthesizers(
 ) -> "dict[Modality, Synthesizer]":
     """One per target; without targets, for the targets of the models, without models for all."""
     from cwdm.errors import InputError
-    from cwdm.modality import Modality
+    from cwdm.modality import SEQUENCES
     from cwdm.model import default_model, load_model
     from cwdm.synthesis import Synthesizer
 
-    given = {}
+    given: dict[Modality, Model] = {}
     for path in models:
         model = load_model(path)
-        target = model.config.target
-        if target in given or (targets and target not in targets):
-            wanted = "one model each" if target in given else ", ".join(targets)
-            raise InputError(f"{path}: a model for {target}, expected {wanted}")
-        given[target] = model
+        wanted = [target for target in model.config.targets if target in (targets or SEQUENCES)]
+        if not wanted or any(target in given for target in wanted):
+            expected = "one model each" if wanted else ", ".join(targets)
+            raise InputError(
+                f"{path}: a model for {', '.join(model.config.targets)}, expected {expected}"
+            )
+        given |= dict.fromkeys(wanted, model)
     return {
         target: Synthesizer(
             given.get(target) or load_model(default_model(target)),
+            target,
             device=device,
             precision=precision,
         )
-        for target in targets or list(given) or list(Modality)
+        for target in targets or list(given) or list(SEQUENCES)
     }
 
 

@@ -43,3 +43,35 @@ overwrite = click.option(
     is_flag=True,
     help="Replace files that an earlier run wrote.",
 )
+
+preset = click.option(
+    "--preset", help="What a published checkpoint is, where its file does not tell."
+)
+
+
+def _steps(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> int | tuple[int, ...] | None:
+    if value is None:
+        return None
+    words = [word.strip() for word in value.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise click.BadParameter(
+            f"{value!r} is not a number of steps, expected 10 or 10,15,20", ctx, param
+        )
+    numbers = tuple(map(int, words))
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+steps = click.option(
+    "--steps",
+    callback=_steps,
+    metavar="N|N,N,...",
+    help="Denoising steps; several numbers are for equal sections of the time, the first nearest "
+    "to the image. [default: the model's]",
+)
+
+sampler = click.option(
+    "--sampler",
+    help="ddpm, ddim, dpm++2m, euler, heun or one-step. [default: the model's]",
+)

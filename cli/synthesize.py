@@ -31,13 +31,20 @@ from . import options
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
-    help="A model file (.safetensors). [default: the one that ships]",
+    help="A model file (.safetensors), or a published checkpoint (.pt). [default: the one that "
+    "ships]",
 )
-@click.option("--steps", type=click.IntRange(min=1), help="Denoising steps. [default: the model's]")
-@click.option("--sampler", help="ddpm or ddim. [default: the model's]")
+@options.preset
+@options.steps
+@options.sampler
 @options.seed
 @options.device
 @options.precision
+@click.option(
+    "--compat",
+    type=click.Choice(["published"]),
+    help="Write what the scripts of the published cWDM write: their crop, noise and values.",
+)
 @options.overwrite
 @click.option("--preview", is_flag=True, help="Also draw <id>-<modality>.png.")
 def synthesize(
@@ -45,11 +52,13 @@ def synthesize(
     missing: tuple[str, ...],
     output: Path,
     model: Path | None,
-    steps: int | None,
+    preset: str | None,
+    steps: int | tuple[int, ...] | None,
     sampler: str | None,
     seed: int,
     device: str,
     precision: str,
+    compat: str | None,
     overwrite: bool,
     preview: bool,
 ) -> None:
@@ -75,7 +84,13 @@ def synthesize(
     for target in dict.fromkeys(targets):
         acquired = case.without(*(other for other in targets if other != target))
         output_paths(case, target, output, overwrite=overwrite)  # fail before the work, not after
-        synthesizer = Synthesizer.load(target, model, device=device, precision=precision)  # type: ignore[arg-type]
+        synthesizer = Synthesizer.load(
+            target,
+            model,
+            preset=preset,
+            device=device,
+            precision=precision,  # type: ignore[arg-type]
+        )
         with tqdm(desc=f"{case.id} {target}", unit="step") as bar:
 
             def show(done: int, total: int, bar: tqdm = bar) -> None:  # type: ignore[type-arg]
@@ -83,7 +98,12 @@ def synthesize(
                 bar.update(done - bar.n)
 
             synthesis = synthesizer(
-                acquired, seed=seed, steps=steps, sampler=sampler, progress=show
+                acquired,
+                seed=seed,
+                steps=steps,
+                sampler=sampler,
+                compat=compat is not None,
+                progress=show,
             )
         path = synthesis.write(output, overwrite=overwrite)
         click.echo(path)

@@ -47,7 +47,7 @@ def train(
 
     from cwdm.case import find_cases
     from cwdm.config import Config
-    from cwdm.synthesis import choose_bf16, choose_device
+    from cwdm.engine import choose_bf16, choose_device
     from cwdm.train import train as steps
 
     settings = Config.read(config)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from cwdm.errors import InputError
-from cwdm.modality import Modality, find_modality
+from cwdm.modality import SEQUENCES, Modality, find_modality
 
 Kind = Modality | Literal["seg"]
 
@@ -35,8 +35,8 @@ class Case:
 
     @property
     def missing(self) -> tuple[Modality, ...]:
-        """The modalities there is no file for."""
-        return tuple(modality for modality in Modality if modality not in self.images)
+        """The MRI sequences there is no file for."""
+        return tuple(modality for modality in SEQUENCES if modality not in self.images)
 
     def without(self, *modalities: Modality) -> "Case":
         """The same case, as if these modalities had not been acquired."""

@@ -8,20 +8,45 @@ import tomllib
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from cwdm.diffusion import Prediction, Schedule
+from cwdm.coefficients import Transform
+from cwdm.denoiser import Prediction
+from cwdm.diffusion import Diffusion
 from cwdm.errors import InputError
+from cwdm.flow import Flow
 from cwdm.intensity import NormalizationName
-from cwdm.modality import Modality
+from cwdm.modality import SEQUENCES, Modality
+from cwdm.process import Spacing
+from cwdm.sampling import SamplerName
 from cwdm.unet import UNetConfig
+from cwdm.wavunet import WavUNetConfig
 
-__all__ = ["Augmentation", "Config", "Diffusion", "Images", "Sampling", "Training"]
+__all__ = ["Augmentation", "Config", "Images", "Sampling", "Training"]
 
 _CLOSED = ConfigDict(extra="forbid")
+
+
+def _kind(default: str) -> Discriminator:
+    """Which record of a union a table stands for: what its key ``kind`` says."""
+    return Discriminator(
+        lambda value: (
+            value.get("kind", default)
+            if isinstance(value, dict)
+            else getattr(value, "kind", default)
+        )
+    )
+
+
+Network = Annotated[
+    Annotated[UNetConfig, Tag("unet")] | Annotated[WavUNetConfig, Tag("wavunet")], _kind("unet")
+]
+AnyProcess = Annotated[
+    Annotated[Diffusion, Tag("diffusion")] | Annotated[Flow, Tag("flow")], _kind("diffusion")
+]
 
 
 @dataclass(frozen=True, kw_only=True, config=_CLOSED)
@@ -30,27 +55,27 @@ class Images:
 
     normalization: NormalizationName = "robust"
     spacing_mm: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True, config=_CLOSED)
-class Diffusion:
-    """The process (see ``diffusion``)."""
-
-    schedule: Literal["linear", "cosine"] = "linear"
-    steps: int = 1000
-    prediction: Prediction = "x_0"
-
-    def build(self) -> Schedule:
-        """The schedule these settings describe."""
-        return getattr(Schedule, self.schedule)(self.steps)  # type: ignore[no-any-return]
+    """Voxel size of the images."""
+    orientation: Literal["RAS", "LPS"] = "RAS"
+    """Which way the axes point. BraTS files are LPS, and so are the published models."""
+    size: tuple[int, int, int] | None = None
+    """Voxels of every image; just the brain's own box if absent."""
+    centre: Literal["brain", "grid"] = "brain"
+    """What lies in the middle of an image of that size: the brain, or (published) the volume."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_CLOSED)
 class Sampling:
-    """Defaults of ``cwdm synthesize`` for this model."""
+    """Defaults of ``cwdm synthesize`` and ``cwdm generate`` for this model."""
 
-    sampler: Literal["ddpm", "ddim"] = "ddpm"
-    steps: int = 1000
+    sampler: SamplerName = "ddpm"
+    steps: int | tuple[int, ...] = 1000
+    """How many of the T steps, see ``Process.timesteps``."""
+    spacing: Spacing = "even"
+    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Noise of DDIM: 0 none, 1 as much as DDPM."""
+    clamp: bool = True
+    """Clamp every estimate to the range of the images, as published, and not only the last."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_CLOSED)
@@ -90,8 +115,9 @@ class Training:
     """Train on this many evenly spread times instead of all."""
     noise_share: float = 0.0
     """Share of the steps spent at t = T, where the best estimate is the conditional mean."""
-    band_weights: tuple[float, ...] = (1.0,) * 8
-    """Weight of each sub-band's error. With 9 for LLL (its scale squared) they make the image's."""
+    band_weights: tuple[float, ...] = (1.0,)
+    """Weight of each sub-band's error, or one for all. 9 for LLL (its scale squared) and 1 for the
+    others make it the error of the image."""
     structure_weight: float = 0.0
     """Weight of 1 - SSIM of the image, added to the loss."""
     drop_conditions: float = 0.0
@@ -106,12 +132,70 @@ class Config:
     """Everything about one model but its weights."""
 
     name: str
-    target: Modality
+    target: Modality | Literal["any"]
+    """What the model makes; ``any`` is one model for all four sequences, told which."""
+    conditioning: Literal["others", "none", "inpainting"] = "others"
+    """What it is given: the three other sequences of the case; nothing; or the image with a hole
+    and the mask of the hole."""
+    prediction: Prediction = "x_0"
+    """What the network puts out."""
     images: Images = Images()
-    network: UNetConfig = UNetConfig()
-    diffusion: Diffusion = Diffusion()
+    transform: Transform = Transform()
+    network: Network = UNetConfig()
+    process: AnyProcess = Diffusion()
     sampling: Sampling = Sampling()
     training: Training = Training()
+
+    def __post_init__(self) -> None:
+        conditional = self.conditioning == "others"
+        if conditional and self.target == Modality.CT:
+            raise ValueError("ct has no other sequences, expected conditioning = 'none'")
+        classes = self.network.classes if isinstance(self.network, UNetConfig) else 0
+        if classes != (expected := len(SEQUENCES) if self.target == "any" else 0):
+            raise ValueError(
+                f"target = '{self.target}' with {classes} network.classes, expected {expected}"
+            )
+        if not conditional and self.prediction == "residual":
+            raise ValueError("a residual is taken from the conditions: there are none")
+        if isinstance(self.process, Flow):
+            if not conditional and self.process.source == "conditions":
+                raise ValueError("a flow from the conditions needs conditions")
+            if self.sampling.sampler == "ddpm" or self.sampling.eta:
+                raise ValueError("ddpm and eta belong to a diffusion, expected euler or heun")
+        elif self.prediction == "velocity":
+            raise ValueError("a velocity belongs to a flow, expected prediction = 'x_0'")
+        self.process.timesteps(self.sampling.steps, self.sampling.spacing)
+        self.process.timesteps(self.training.timesteps)
+        sizes = {"images.size": self.images.size, "training.patch": self.training.patch}
+        for key, size in sizes.items():
+            if size is not None and any(n < 1 or n % self.multiple for n in size):
+                raise ValueError(f"{key} = {size}, expected multiples of {self.multiple}")
+        if len(self.training.band_weights) not in (1, self.transform.channels):
+            raise ValueError(
+                f"training.band_weights has {len(self.training.band_weights)} entries, expected "
+                f"1 or {self.transform.channels}"
+            )
+
+    @property
+    def targets(self) -> tuple[Modality, ...]:
+        """The images the model can make."""
+        return SEQUENCES if self.target == "any" else (self.target,)
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """The images a training case must have."""
+        return SEQUENCES if self.conditioning == "others" else self.targets
+
+    @property
+    def in_channels(self) -> int:
+        """Channels the network takes: those of the noisy image and of its conditions."""
+        conditions = {"others": len(SEQUENCES) - 1, "none": 0, "inpainting": 2}
+        return self.transform.channels * (1 + conditions[self.conditioning])
+
+    @property
+    def multiple(self) -> int:
+        """Every axis of an image is a multiple of this many voxels."""
+        return self.transform.factor * self.network.divisor
 
     @classmethod
     def parse(cls, values: object, source: str) -> "Config":
@@ -119,13 +203,7 @@ class Config:
         try:
             return _CONFIG.validate_python(values)
         except ValidationError as error:
-            problem = error.errors()[0]
-            key = ".".join(str(part) for part in problem["loc"])
-            if problem["type"] == "unexpected_keyword_argument":
-                raise InputError(f"{source}: unknown key {key}") from None
-            raise InputError(
-                f"{source}: {key}: {problem['msg']}, got {problem['input']!r}"
-            ) from None
+            raise InputError(f"{source}: {_in_words(error)}") from None
 
     @classmethod
     def read(cls, name_or_path: str | Path) -> "Config":
@@ -149,12 +227,31 @@ class Config:
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise InputError(f"{path}: not a readable TOML file: {error}") from error
 
-    def as_dict(self) -> dict[str, object]:
+    def as_dict(self) -> dict[str, Any]:
         """Nested dictionaries of plain values, for JSON; ``parse`` reads them back."""
         return _CONFIG.dump_python(self, mode="json")  # type: ignore[no-any-return]
 
 
 _CONFIG = TypeAdapter(Config)
+_TAGS = {"unet", "wavunet", "diffusion", "flow", "int"}  # members of unions, not keys
+
+
+def _in_words(error: ValidationError) -> str:
+    """The first problem of several, on one line, with the key as it stands in the file."""
+    problem = error.errors()[0]
+    parts = [str(part) for part in problem["loc"]]
+    key = ".".join(
+        part for i, part in enumerate(parts) if i == 0 or not (part in _TAGS or "[" in part)
+    )
+    if problem["type"] == "unexpected_keyword_argument":
+        return f"unknown key {key}"
+    if problem["type"] == "union_tag_invalid":
+        found, expected = problem["ctx"]["tag"], problem["ctx"]["expected_tags"]
+        return f"{key}.kind: expected one of {expected}, got {found!r}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not key or problem["type"] == "value_error":  # about several keys at once
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message}, got {problem['input']!r}"
 
 
 def presets() -> list[str]:

@@ -5,7 +5,7 @@ run sees what an uninterrupted one would have seen.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from cwdm.config import Augmentation, Config
 from cwdm.errors import InputError
 from cwdm.intensity import NORMALIZATIONS, Scale
 from cwdm.modality import Modality
-from cwdm.preparation import Box
-from cwdm.volume import brain_mask, read_volumes
+from cwdm.preparation import Frame, inside
+from cwdm.volume import read_volumes
 
 __all__ = ["TrainingBlocks", "augmentation"]
 
@@ -27,11 +27,11 @@ _log = logging.getLogger(__name__)
 _MASK = "mask"
 
 
-def augmentation(settings: Augmentation, target: Modality) -> tio.Transform:
+def augmentation(settings: Augmentation, conditions: Iterable[Modality]) -> tio.Transform:
     """TorchIO transforms of a subject with one image per modality and a brain mask.
 
-    What changes the geometry moves everything; what changes intensities leaves the target alone,
-    because the network could not know about it.
+    What changes the geometry moves everything; what changes intensities touches the conditions
+    only: of a target the network could not know about it.
     """
     transforms: list[tio.Transform] = []
     if settings.flip:
@@ -40,9 +40,7 @@ def augmentation(settings: Augmentation, target: Modality) -> tio.Transform:
         transforms.append(
             tio.RandomAffine(scales=0.15, degrees=15, default_pad_value=0, p=settings.affine)
         )
-    for modality in Modality:
-        if modality == target:
-            continue
+    for modality in conditions:
         if settings.bias_field:
             transforms.append(
                 tio.RandomBiasField(
@@ -55,39 +53,50 @@ def augmentation(settings: Augmentation, target: Modality) -> tio.Transform:
 
 
 class TrainingBlocks(Dataset[Tensor]):
-    """Block n is a tensor (patches, 4, X, Y, Z) of normalized images in Modality order.
+    """Block n is a tensor (patches, M, X, Y, Z) of normalized images, ``config.modalities``.
 
     All cases are kept in memory, cut to the brain (about 35 MB each).
 
     Raises:
-        InputError: no complete case, or one that cannot be read.
+        InputError: no case with all the images the model needs, or one that cannot be read.
     """
 
-    def __init__(self, cases: Sequence[Case], config: Config, *, multiple: int):
+    def __init__(self, cases: Sequence[Case], config: Config):
         self.config = config
         self.normalization = NORMALIZATIONS[config.images.normalization]
-        complete = [case for case in cases if not case.missing]
+        usable = []
         for case in cases:
-            if case.missing:
-                _log.warning("%s: not used, has no %s", case.id, ", ".join(case.missing))
-        if not complete:
-            raise InputError("training needs cases with all four modalities, found none")
-        self.subjects: list[tio.Subject] = []
+            if absent := [m for m in config.modalities if m not in case.images]:
+                _log.warning("%s: not used, has no %s", case.id, ", ".join(absent))
+            else:
+                usable.append(case)
+        if not usable:
+            expected = ", ".join(config.modalities)
+            raise InputError(f"training needs cases with {expected}, found none")
+        self.subjects: list[tuple[tio.Subject, Frame]] = []
         self.scales: list[Mapping[Modality, Scale]] = []
-        for case in complete:
-            volumes = read_volumes(case, Modality)
-            mask = np.logical_and.reduce([brain_mask(v) for v in volumes.values()])
-            box = Box.around(mask, multiple)
+        for case in usable:
+            volumes = read_volumes(case, config.modalities)
+            masks = [inside(volume, self.normalization) for volume in volumes.values()]
+            mask = np.logical_and.reduce(masks)
+            affine = next(iter(volumes.values())).affine
+            frame = Frame.of(mask, affine, config.images, config.multiple)
             images: dict[str, tio.Image] = {
-                modality.value: tio.ScalarImage(tensor=torch.from_numpy(box.crop(v.voxels))[None])
-                for modality, v in volumes.items()
+                modality.value: tio.ScalarImage(
+                    tensor=torch.from_numpy(frame.box.crop(volume.voxels))[None]
+                )
+                for modality, volume in volumes.items()
             }
-            images[_MASK] = tio.LabelMap(tensor=torch.from_numpy(box.crop(mask))[None].byte())
-            self.subjects.append(tio.Subject(**images))
+            images[_MASK] = tio.LabelMap(tensor=torch.from_numpy(frame.box.crop(mask))[None].byte())
+            self.subjects.append((tio.Subject(**images), frame))
             self.scales.append(
                 {m: self.normalization.measure(v.voxels, mask) for m, v in volumes.items()}
             )
-        self.transform = augmentation(config.training.augmentation, config.target)
+        conditions = () if config.target == "any" else config.modalities
+        self.conditions = {m for m in conditions if m != config.target}
+        self.transform = augmentation(
+            config.training.augmentation, [m for m in Modality if m in self.conditions]
+        )
 
     @property
     def patches_per_block(self) -> int:
@@ -99,31 +108,35 @@ class TrainingBlocks(Dataset[Tensor]):
         rng = np.random.default_rng([training.seed, block])
         patches = []
         for _ in range(training.cases_per_block):
-            subject = self.subjects[rng.integers(len(self.subjects))]
-            images, mask = self._augmented(subject, rng)
+            subject, frame = self.subjects[rng.integers(len(self.subjects))]
+            images, mask = self._augmented(subject, frame, rng)
             for _ in range(training.patches_per_case):
-                patches.append(_cut(images, mask, training.patch, rng))
+                patches.append(
+                    _cut(images, mask, training.patch, rng, self.normalization.background)
+                )
         order = rng.permutation(len(patches))
         return torch.stack([patches[i] for i in order])
 
-    def _augmented(self, subject: tio.Subject, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Normalized images (4, X, Y, Z) and the brain mask (X, Y, Z) of a changed subject."""
+    def _augmented(
+        self, subject: tio.Subject, frame: Frame, rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Normalized images (M, X, Y, Z) and the brain mask (X, Y, Z) of a changed subject."""
         with torch.random.fork_rng(devices=[]):  # TorchIO draws from torch's global generator
             torch.manual_seed(int(rng.integers(2**63)))
             changed = self.transform(subject)
         changed_images = changed.get_images_dict(intensity_only=False)
         mask = changed_images[_MASK].data[0].numpy() > 0
         images = []
-        for modality in Modality:
+        for modality in self.config.modalities:
             voxels = changed_images[modality.value].data[0].numpy()
             scale = self.normalization.measure(voxels, mask)
-            if modality != self.config.target:
+            if modality in self.conditions:
                 error = rng.normal(size=2) * 0.3 * self.config.training.augmentation.contrast
                 scale = Scale(
                     scale.offset + error[0] * scale.scale, scale.scale * float(np.exp(error[1]))
                 )
-            images.append(torch.from_numpy(self.normalization.normalize(voxels, mask, scale)))
-        return torch.stack(images).float(), torch.from_numpy(mask)
+            images.append(frame.to_network(self.normalization.normalize(voxels, mask, scale)))
+        return torch.stack(images), frame.to_network(mask.astype(np.float32)) > 0.5
 
 
 def _cut(
@@ -131,8 +144,12 @@ def _cut(
     mask: Tensor,
     patch: tuple[int, int, int] | None,
     rng: np.random.Generator,
+    background: float,
 ) -> Tensor:
-    """A patch (4, *patch) whose centre lies in the brain where that is possible; or everything."""
+    """A patch (M, *patch) whose centre lies in the brain where that is possible; or everything.
+
+    A patch larger than the image is filled up with background.
+    """
     if patch is None:
         return images
     brain = mask.nonzero()
@@ -143,4 +160,5 @@ def _cut(
     ]
     cut = images[(slice(None), *(slice(s, s + p) for s, p in zip(start, patch, strict=True)))]
     missing = [p - n for p, n in zip(patch, cut.shape[1:], strict=True)]
-    return torch.nn.functional.pad(cut, [end for m in reversed(missing) for end in (0, m)])
+    ends = [end for m in reversed(missing) for end in (0, m)]
+    return torch.nn.functional.pad(cut, ends, value=background)

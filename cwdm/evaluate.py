@@ -23,7 +23,7 @@ from cwdm.errors import InputError
 from cwdm.files import atomic_write
 from cwdm.floors import CaseFeatures, VoxelRegression, VoxelSample
 from cwdm.metrics import Aligned, mae, psnr, ssim_map
-from cwdm.modality import Modality, others
+from cwdm.modality import SEQUENCES, Modality, others
 from cwdm.montage import montage, voxel_size_mm
 from cwdm.volume import Volume, brain_mask, read_labels, read_volumes
 
@@ -101,7 +101,7 @@ def evaluate(
     cases: Iterable[Case],
     predict: Predict | None,
     *,
-    targets: Sequence[Modality] = tuple(Modality),
+    targets: Sequence[Modality] = SEQUENCES,
     regressions: Sequence[VoxelRegression] = (),
     name: str = "cwdm",
 ) -> pd.DataFrame:
@@ -127,7 +127,7 @@ def compare(
     case: Case,
     predict: Predict | None,
     *,
-    targets: Sequence[Modality] = tuple(Modality),
+    targets: Sequence[Modality] = SEQUENCES,
     regressions: Sequence[VoxelRegression] = (),
     name: str = "cwdm",
 ) -> Iterator[Comparison]:
@@ -136,7 +136,7 @@ def compare(
     Raises:
         InputError: a modality is absent or unreadable, or a prediction lies on another grid.
     """
-    volumes = read_volumes(case, Modality)
+    volumes = read_volumes(case, SEQUENCES)
     tumor = read_labels(case.segmentation, volumes[targets[0]]) > 0 if case.segmentation else None
     features = CaseFeatures.of(volumes) if regressions else None
     for target in targets:
@@ -159,19 +159,19 @@ def complete_cases(cases: Iterable[Case]) -> list[Case]:
     """Those that have all four modalities; InputError if there is none."""
     complete = [case for case in cases if not case.missing]
     if not complete:
-        raise InputError(f"found no case with all of {', '.join(Modality)}, expected at least one")
+        raise InputError(f"found no case with all of {', '.join(SEQUENCES)}, expected at least one")
     return complete
 
 
 def draw_sample(cases: Iterable[Case], *, seed: int = 0) -> VoxelSample:
     """Read complete cases one by one and draw the voxels that regressions are fitted on."""
     return VoxelSample.of(
-        (CaseFeatures.of(read_volumes(case, Modality)) for case in cases), seed=seed
+        (CaseFeatures.of(read_volumes(case, SEQUENCES)) for case in cases), seed=seed
     )
 
 
 def fit_regressions(
-    sample: VoxelSample, targets: Sequence[Modality] = tuple(Modality), *, seed: int = 0
+    sample: VoxelSample, targets: Sequence[Modality] = SEQUENCES, *, seed: int = 0
 ) -> list[VoxelRegression]:
     """Ridge and gradient-boosted regressions for each target."""
     return [
@@ -222,7 +222,7 @@ class Predictions:
     @property
     def targets(self) -> tuple[Modality, ...]:
         """The modalities that some prediction is there for."""
-        return tuple(m for m in Modality if any(target is m for _, target in self.paths))
+        return tuple(m for m in SEQUENCES if any(target is m for _, target in self.paths))
 
     def require(self, cases: Iterable[Case], targets: Sequence[Modality]) -> None:
         """InputError unless every target of every case was predicted: no choosing the easy ones."""
@@ -252,7 +252,7 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
         cases=("case", "nunique"), **{figure: (figure, "mean") for figure in FIGURES}
     )
     order = {
-        "modality": [m.value for m in Modality],
+        "modality": [m.value for m in SEQUENCES],
         "region": REGIONS,
         "kind": ["model", "floor"],
     }

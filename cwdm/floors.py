@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from cwdm.errors import InputError
-from cwdm.modality import Modality, others
+from cwdm.modality import SEQUENCES, Modality, others
 from cwdm.volume import Volume, brain_mask
 
 __all__ = ["CaseFeatures", "Kind", "VoxelRegression", "VoxelSample"]
@@ -98,12 +98,12 @@ class VoxelSample:
         """
         drawn = []
         for number, features in enumerate(cases):
-            brain = np.logical_and.reduce([features.brains[m] for m in Modality])
+            brain = np.logical_and.reduce([features.brains[m] for m in SEQUENCES])
             inside = np.flatnonzero(brain)
             generator = np.random.default_rng((seed, number))
             chosen = generator.choice(inside, min(voxels_per_case, inside.size), replace=False)
             x, y, z = np.unravel_index(np.sort(chosen), brain.shape)
-            drawn.append(np.stack([features.values[m][:, x, y, z].T for m in Modality], axis=1))
+            drawn.append(np.stack([features.values[m][:, x, y, z].T for m in SEQUENCES], axis=1))
         if not drawn:
             raise InputError("regression floors: found no complete case to fit them on")
         return cls(np.concatenate(drawn))
@@ -125,7 +125,7 @@ class VoxelRegression:
         """Fit on all drawn voxels; InputError without scikit-learn."""
         if kind not in get_args(Kind):
             raise ValueError(f"kind must be one of {get_args(Kind)}, got {kind!r}")
-        order = list(Modality)
+        order = list(SEQUENCES)
         sources = [order.index(modality) for modality in others(target)]
         predictors = sample.values[:, sources].reshape(len(sample.values), -1)
         model = _regressor(kind, seed)

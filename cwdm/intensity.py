@@ -13,11 +13,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cwdm.modality import Modality
+from cwdm.modality import SEQUENCES, Modality
 
 __all__ = ["NORMALIZATIONS", "Normalization", "NormalizationName", "Scale", "ScalePrior"]
 
-NormalizationName = Literal["published", "robust"]
+NormalizationName = Literal["published", "published-wdm", "hounsfield", "robust"]
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,17 @@ class Normalization:
     """(voxels, brain mask) -> Scale."""
     low: float
     high: float
+    background: float = 0.0
+    """What stands outside the brain, in network units."""
+    masked: bool = True
+    """Whether there is an outside: CT is taken with all that is around the body."""
 
     def normalize(
         self, voxels: NDArray[np.floating], mask: NDArray[np.bool_], scale: Scale
     ) -> NDArray[np.floating]:
-        """Network units, clipped to [low, high]; 0 outside the mask."""
+        """Network units, clipped to [low, high]; ``background`` outside the mask."""
         image = ((voxels - scale.offset) / scale.scale).clip(self.low, self.high)
-        image[~mask] = 0
+        image[~mask] = self.background
         return image
 
     @staticmethod
@@ -71,6 +75,18 @@ def _quantiles(voxels: NDArray[np.floating], mask: NDArray[np.bool_]) -> Scale:
     return _scale(float(low), float(high - low), voxels)
 
 
+def _symmetric(voxels: NDArray[np.floating], mask: NDArray[np.bool_]) -> Scale:
+    """The same quantiles become -1 and 1, as published for WDM (arXiv 2402.19043, section 4.1)."""
+    unit = _quantiles(voxels, mask)
+    return Scale(unit.offset + unit.scale / 2, unit.scale / 2)
+
+
+def _hounsfield(voxels: NDArray[np.floating], mask: NDArray[np.bool_]) -> Scale:
+    """-1000 HU (air) becomes -1, the 99.9 % quantile 1, as published for WDM on LIDC-IDRI."""
+    high = float(np.quantile(voxels.clip(min=-1000), 0.999))
+    return _scale((high - 1000) / 2, (high + 1000) / 2, voxels)
+
+
 def _quartiles(voxels: NDArray[np.floating], mask: NDArray[np.bool_]) -> Scale:
     """In-brain median becomes 0, in-brain interquartile range 1.349 (that of a unit normal).
 
@@ -87,18 +103,22 @@ def _scale(offset: float, scale: float, voxels: NDArray[np.floating]) -> Scale:
 
 NORMALIZATIONS: dict[NormalizationName, Normalization] = {
     "published": Normalization(_quantiles, low=0.0, high=1.0),
+    "published-wdm": Normalization(_symmetric, low=-1.0, high=1.0, background=-1.0),
+    "hounsfield": Normalization(_hounsfield, low=-1.0, high=1.0, background=-1.0, masked=False),
     "robust": Normalization(_quartiles, low=-8.0, high=10.0),
 }
 
 
 @dataclass(frozen=True)
 class ScalePrior:
-    """Predicts the scale of a missing modality; learnt from complete training cases."""
+    """Predicts the scale of an image that was not acquired; learnt from complete training cases."""
 
     ratios: Mapping[Modality, float]
     """For each other modality, the mean of log(scale of the target / scale of that modality)."""
     offset: float
     """The median of offset / scale of the target."""
+    scale: float = 1.0
+    """The median scale of the target, where there is nothing to compare it with."""
 
     @classmethod
     def learn(cls, target: Modality, cases: Sequence[Mapping[Modality, Scale]]) -> "ScalePrior":
@@ -107,13 +127,17 @@ class ScalePrior:
             other: float(
                 np.mean([np.log(c[target].scale / c[other].scale) for c in cases if other in c])
             )
-            for other in Modality
+            for other in SEQUENCES
             if other != target and any(other in c for c in cases)
         }
-        return cls(ratios, float(np.median([c[target].offset / c[target].scale for c in cases])))
+        return cls(
+            ratios,
+            float(np.median([c[target].offset / c[target].scale for c in cases])),
+            float(np.median([c[target].scale for c in cases])),
+        )
 
     def predict(self, scales: Mapping[Modality, Scale]) -> Scale:
         """The target's scale from those of the modalities a case does have."""
         logs = [np.log(scales[other].scale) + self.ratios[other] for other in scales]
-        scale = float(np.exp(np.mean(logs)))
+        scale = float(np.exp(np.mean(logs))) if logs else self.scale
         return Scale(self.offset * scale, scale)

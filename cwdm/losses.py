@@ -19,7 +19,7 @@ def band_loss(estimate: Tensor, x_0: Tensor) -> Tensor:
     return (estimate.float() - x_0.float()).square().mean(dim=(0, 2, 3, 4))
 
 
-def structure_loss(estimate: Tensor, truth: Tensor) -> Tensor:
+def structure_loss(estimate: Tensor, truth: Tensor, background: float = 0.0) -> Tensor:
     """1 - SSIM (Wang et al. 2004) of images (B, 1, X, Y, Z), mean over windows that hold brain.
 
     The least squared error blurs what it is not sure of; SSIM counts lost contrast as well.
@@ -32,7 +32,7 @@ def structure_loss(estimate: Tensor, truth: Tensor) -> Tensor:
     covariance = (deviation_e * deviation_t).mean(dim=-1)
     variances = (deviation_e.square() + deviation_t.square()).mean(dim=-1)
     ssim = luminance * (2 * covariance + c2) / (variances + c2)
-    brain = (t != 0).any(dim=-1)
+    brain = (t != background).any(dim=-1)
     return ((1 - ssim) * brain).sum() / brain.sum().clamp(min=1)
 
 

@@ -1,4 +1,4 @@
-"""The four MRI sequences of BraTS, their order, and the names people give them."""
+"""The kinds of image: the four MRI sequences of BraTS, CT, and the names people give them."""
 
 from difflib import get_close_matches
 from enum import StrEnum
@@ -7,13 +7,17 @@ from cwdm.errors import InputError
 
 
 class Modality(StrEnum):
-    """The four BraTS sequences, in the channel order used everywhere."""
+    """The four BraTS sequences, in the channel order used everywhere, and CT."""
 
     T1N = "t1n"  # T1-weighted, native
     T1C = "t1c"  # T1-weighted, with contrast agent
     T2W = "t2w"  # T2-weighted
     T2F = "t2f"  # T2-weighted FLAIR
+    CT = "ct"  # computed tomography; only generated, never conditioned on
 
+
+SEQUENCES = (Modality.T1N, Modality.T1C, Modality.T2W, Modality.T2F)
+"""The MRI sequences of a case, in channel order."""
 
 ALIASES: dict[Modality, tuple[str, ...]] = {
     Modality.T1N: ("t1n", "t1", "t1w", "t1native", "t1pre"),
@@ -23,6 +27,7 @@ ALIASES: dict[Modality, tuple[str, ...]] = {
     ),
     Modality.T2W: ("t2w", "t2"),
     Modality.T2F: ("t2f", "flair", "fla", "t2flair", "t2wflair", "flairw"),
+    Modality.CT: ("ct",),
 }
 """What each modality may be called when reading, in lower case and without separators."""
 
@@ -31,7 +36,7 @@ _BY_ALIAS = {alias: modality for modality, aliases in ALIASES.items() for alias 
 
 def others(target: Modality) -> tuple[Modality, ...]:
     """The modalities a model for `target` is conditioned on, in channel order."""
-    return tuple(modality for modality in Modality if modality is not target)
+    return tuple(modality for modality in SEQUENCES if modality is not target)
 
 
 def find_modality(name: str) -> Modality | None:
@@ -40,13 +45,13 @@ def find_modality(name: str) -> Modality | None:
 
 
 def parse_modality(name: str) -> Modality:
-    """The modality that `name` stands for: `t2f`, `FLAIR`, `T1-Gd`, ...
+    """The MRI sequence that `name` stands for: `t2f`, `FLAIR`, `T1-Gd`, ...
 
     Raises:
         InputError: nothing is called that; the message offers the nearest name.
     """
-    if modality := find_modality(name):
+    if (modality := find_modality(name)) in SEQUENCES:
         return modality
     nearest = get_close_matches(name.lower(), _BY_ALIAS, n=1, cutoff=0.5)
     hint = f"; did you mean {_BY_ALIAS[nearest[0]]}?" if nearest else ""
-    raise InputError(f"{name!r} is not a modality, expected one of {', '.join(Modality)}{hint}")
+    raise InputError(f"{name!r} is not a modality, expected one of {', '.join(SEQUENCES)}{hint}")

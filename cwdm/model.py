@@ -4,47 +4,72 @@ Loading never runs code: safetensors holds tensors and strings only.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
+from cwdm.checkpoints import assumed_priors, identify, read_weights
 from cwdm.config import Config
-from cwdm.diffusion import WaveletDenoiser
+from cwdm.denoiser import Denoiser
 from cwdm.errors import InputError
 from cwdm.files import atomic_write, sha256
 from cwdm.intensity import ScalePrior
-from cwdm.modality import Modality, others
+from cwdm.modality import Modality
 from cwdm.unet import UNet
+from cwdm.wavunet import WavUNet, WavUNetConfig
 
-__all__ = ["Model", "build_denoiser", "default_model", "load_model", "save_model"]
+__all__ = [
+    "Model",
+    "build_denoiser",
+    "default_model",
+    "load_model",
+    "save_model",
+    "shipped_model",
+    "to_bytes",
+]
 
+CHECKPOINT_SUFFIXES = (".pt", ".pth")
+"""Of published checkpoints."""
 _FORMAT = "cwdm-model-1"
+_PRIOR = TypeAdapter(ScalePrior)
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A trained model, ready to synthesize its target."""
+    """A trained model, ready to make its targets."""
 
     config: Config
-    denoiser: WaveletDenoiser
-    prior: ScalePrior
-    """Predicts the intensity scale of the target."""
+    denoiser: Denoiser
+    priors: Mapping[Modality, ScalePrior]
+    """For each target, what predicts its intensity scale."""
     path: Path
     sha256: str
 
 
-def build_denoiser(config: Config) -> WaveletDenoiser:
-    """An untrained network of the configuration: 8 channels in per image, 8 out."""
-    unet = UNet(config.network, in_channels=8 * (1 + len(others(config.target))))
-    return WaveletDenoiser(unet, config.diffusion.prediction)
+def build_denoiser(config: Config) -> Denoiser:
+    """An untrained network of the configuration."""
+    channels = config.transform.channels
+    network: nn.Module
+    if isinstance(config.network, WavUNetConfig):
+        network = WavUNet(config.network, config.in_channels, channels)
+    else:
+        network = UNet(config.network, config.in_channels, channels)
+    return Denoiser(network, config.process, config.prediction, channels)
 
 
 def save_model(
-    config: Config, weights: dict[str, Tensor], prior: ScalePrior, path: Path, *, overwrite: bool
+    config: Config,
+    weights: Mapping[str, Tensor],
+    priors: Mapping[Modality, ScalePrior],
+    path: Path,
+    *,
+    overwrite: bool,
 ) -> None:
     """Write a model atomically. Weights keep their dtype; half precision halves the file.
 
@@ -54,19 +79,33 @@ def save_model(
     metadata = {
         "format": _FORMAT,
         "config": json.dumps(config.as_dict()),
-        "prior": json.dumps(asdict(prior)),
+        "priors": json.dumps({target: asdict(prior) for target, prior in priors.items()}),
     }
-    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     with atomic_write(path, overwrite) as temporary:
-        temporary.write_bytes(save(tensors, metadata))
+        temporary.write_bytes(to_bytes(weights, metadata))
 
 
-def load_model(path: Path) -> Model:
-    """Read a model; weights become float32.
+def to_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file; tensors that share memory are written one by one."""
+    return save({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, metadata)
+
+
+def load_model(path: Path, target: Modality | None = None, *, preset: str | None = None) -> Model:
+    """Read a model, ours (.safetensors) or a published checkpoint (.pt); weights become float32.
+
+    Args:
+        target: what the model is expected to make; some published checkpoints do not tell.
+        preset: of a published checkpoint, see ``checkpoints.identify``.
 
     Raises:
-        InputError: no such file, not safetensors, not a cwdm model, or weights that do not fit.
+        InputError: no such file, not safetensors, not a cwdm model, weights that do not fit; or a
+            checkpoint that ``checkpoints`` refuses.
     """
+    path = Path(path)
+    if path.suffix in CHECKPOINT_SUFFIXES:
+        weights = read_weights(path)
+        config = identify(weights, path, preset=preset, target=target)
+        return _assemble(config, weights, assumed_priors(config), path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -80,12 +119,26 @@ def load_model(path: Path) -> Model:
             f"{path}: not a cwdm model (format {metadata.get('format')!r}, expected {_FORMAT!r})"
         )
     try:
-        settings, prior = json.loads(metadata["config"]), json.loads(metadata["prior"])
-        ratios = {Modality(m): float(r) for m, r in prior["ratios"].items()}
-        scale_prior = ScalePrior(ratios, float(prior["offset"]))
+        settings = json.loads(metadata["config"])
+        priors = {
+            Modality(target): _PRIOR.validate_python(prior)
+            for target, prior in json.loads(metadata["priors"]).items()
+        }
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: its metadata are damaged: {error!r}") from error
     config = Config.parse(settings, str(path))
+    if absent := [target for target in config.targets if target not in priors]:
+        raise InputError(f"{path}: its metadata are damaged: no prior for {absent[0]}")
+    return _assemble(config, weights, priors, path)
+
+
+def _assemble(
+    config: Config,
+    weights: Mapping[str, Tensor],
+    priors: Mapping[Modality, ScalePrior],
+    path: Path,
+) -> Model:
+    """The network of a configuration with its weights, ready to use."""
     denoiser = build_denoiser(config)
     try:
         denoiser.backbone.load_state_dict(weights)
@@ -93,13 +146,7 @@ def load_model(path: Path) -> Model:
         reason = str(error).splitlines()[-1].strip()
         raise InputError(f"{path}: weights do not fit the configuration: {reason}") from error
     denoiser.eval().requires_grad_(False)
-    return Model(
-        config,
-        denoiser,
-        scale_prior,
-        Path(path),
-        sha256(path),
-    )
+    return Model(config, denoiser, priors, path, sha256(path))
 
 
 def default_model(target: Modality) -> Path:
@@ -111,4 +158,20 @@ def default_model(target: Modality) -> Path:
     path = Path(str(resources.files("cwdm") / "weights" / f"small-{target}.safetensors"))
     if not path.is_file():
         raise InputError(f"{path}: the model for {target} is missing from this installation")
+    return path
+
+
+def shipped_model(name: str) -> Path:
+    """The model of that name that ships with cwdm.
+
+    Raises:
+        InputError: there is none, or the installation lacks it.
+    """
+    folder = Path(str(resources.files("cwdm") / "weights"))
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        known = sorted(each.stem for each in folder.glob("*.safetensors"))
+        raise InputError(
+            f"{name}: no such model, expected a file or one of {', '.join(known) or 'none'}"
+        )
     return path

@@ -7,7 +7,7 @@ All panels of a picture have the same scale in mm, whatever the voxel size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,15 +18,16 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from scipy import ndimage
 
+from cwdm.errors import InputError
 from cwdm.files import atomic_write
 from cwdm.metrics import Aligned, intensity_range, psnr, ssim
 from cwdm.modality import Modality
-from cwdm.volume import brain_mask, read_volumes
+from cwdm.volume import Volume, brain_mask, read_volumes
 
 if TYPE_CHECKING:
     from cwdm.synthesis import Synthesis  # loads torch, which no picture needs
 
-__all__ = ["inferno", "montage", "preview", "voxel_size_mm", "write_png"]
+__all__ = ["check_picture", "inferno", "montage", "preview", "sheet", "voxel_size_mm", "write_png"]
 
 Voxels = NDArray[np.floating]
 Mask = NDArray[np.bool_]
@@ -41,8 +42,9 @@ NAMES = {
 PLANES = ("axial", "coronal", "sagittal")
 WINDOW = (0.005, 0.998)  # in-brain quantiles shown black and white
 WARNING = "SYNTHETIC IMAGE  ·  RESEARCH USE ONLY"
+MADE_BY = "Made by cwdm."
 
-COLUMN = 288  # px: width of a panel
+COLUMN, SMALL = 288, 240  # px: width of a panel, where one image is compared or many are listed
 EDGE, GAP, ROW_LABEL = 30, 8, 26  # px: around the picture, between panels, left of the rows
 MARGIN_MM = 9.0  # around the brain
 
@@ -169,9 +171,78 @@ def voxel_size_mm(affine: NDArray[np.float64]) -> tuple[float, float, float]:
 def write_png(picture: Image.Image, path: Path, *, overwrite: bool = False) -> None:
     """Write a picture atomically, the warning in its metadata; InputError as `atomic_write`."""
     info = PngInfo()
-    info.add_text("Description", f"{WARNING}. Made by cwdm.")
+    info.add_text("Description", f"{WARNING}. {MADE_BY}")
     with atomic_write(path, overwrite) as temporary:
         picture.save(temporary, format="PNG", pnginfo=info, optimize=True)
+
+
+def check_picture(path: Path) -> None:
+    """InputError if a picture that `write_png` did not write is there."""
+    if not path.exists():
+        return
+    try:
+        with Image.open(path) as picture:
+            ours = str(picture.info.get("Description", "")).endswith(MADE_BY)
+    except OSError:
+        ours = False
+    if not ours:
+        raise InputError(f"{path}: not written by cwdm, never overwritten")
+
+
+def sheet(
+    samples: Iterable[tuple[str, Volume]], *, heading: str, notes: Sequence[str] = ()
+) -> Image.Image:
+    """Generated images, one per row: their middle slices in three planes.
+
+    Args:
+        samples: what stands at the left, and the image; only its slices are kept.
+    """
+    rows = [(label, _slices(volume)) for label, volume in samples]
+    sizes = [[image.size for image in images] for _, images in rows]
+    heights = [max(height for _, height in row) for row in sizes]
+    left, head = EDGE + ROW_LABEL, 94
+    words = _font(26).getlength(heading) + 40 + _font(15).getlength(WARNING) + 24
+    width = left + max(3 * (SMALL + GAP) - GAP, round(words)) + EDGE
+    bottom = head + sum(heights) + GAP * (len(rows) - 1)
+    height = bottom + 20 + 24 * (len(notes) + 1) + EDGE
+    picture = Image.new("RGB", (width, height), BACKGROUND)
+    pen = ImageDraw.Draw(picture)
+    _head(pen, left, width, heading, "")
+    xs = [left + column * (SMALL + GAP) for column in range(3)]
+    for x, plane in zip(xs, PLANES, strict=True):
+        pen.text((x + SMALL / 2, head - 18), plane, QUIET, _font(16), anchor="mm")
+    top = head
+    for (label, images), row in zip(rows, heights, strict=True):
+        name = _vertical_text(label)
+        picture.paste(name, (EDGE - 6, top + (row - name.height) // 2))
+        for x, image in zip(xs, images, strict=True):
+            pen.rectangle((x, top, x + SMALL - 1, top + row - 1), BLACK)
+            at = (x + (SMALL - image.width) // 2, top + (row - image.height) // 2)
+            picture.paste(image, at)
+            pen.text((x + SMALL - 5, top + row - 5), "SYNTHETIC", AMBER, _font(12), anchor="rs")
+        top += row + GAP
+    feet = [*notes, "Radiological orientation: the patient's right is on the left."]
+    for line, text in enumerate(feet):
+        pen.text((left, bottom + 24 + 24 * line), text, QUIET, _font(16))
+    return picture
+
+
+def _slices(volume: Volume) -> list[Image.Image]:
+    """The middle slice of each plane, in the window of what is not background, upright."""
+    voxels, spacing = volume.voxels, voxel_size_mm(volume.affine)
+    low, high = _window(voxels, voxels != 0)
+    shape = [n * step for n, step in zip(voxels.shape, spacing, strict=True)]  # mm
+    scale = SMALL / max(shape[:2])
+    images = []
+    for plane in range(3):
+        axis = 2 - plane
+        across, up = (shape[a] for a in range(3) if a != axis)
+        flat = voxels.take(voxels.shape[axis] // 2, axis).astype(np.float32)[::-1, ::-1].T
+        size = max(1, round(across * scale)), max(1, round(up * scale))
+        shares = Image.fromarray((flat - low) / (high - low))
+        smooth = np.asarray(shares.resize(size, Image.Resampling.BICUBIC))
+        images.append(Image.fromarray((smooth.clip(0, 1) * 255).round().astype(np.uint8)))
+    return images
 
 
 def inferno(shares: NDArray[np.floating]) -> NDArray[np.uint8]:
@@ -216,7 +287,7 @@ class _Sheet:
         pen = ImageDraw.Draw(picture)
         for index, column in enumerate(self.columns):
             self._draw_column(picture, pen, index, column)
-        self._head(pen, width, heading, case_id)
+        _head(pen, self.left, width, heading, case_id)
         self._rows(picture, pen)
         for line, text in enumerate(feet):
             pen.text((self.left, self.bottom + 24 + 24 * line), text, QUIET, _font(16))
@@ -279,16 +350,6 @@ class _Sheet:
         pen.rectangle((x, y, x + length, y + 2), QUIET)
         pen.text((x, y - 5), "5 cm", QUIET, _font(13), anchor="ls")
 
-    def _head(self, pen: ImageDraw.ImageDraw, width: int, heading: str, case_id: str) -> None:
-        pen.text((self.left, 40), heading, TEXT, _font(26), anchor="ls")
-        heading_end = self.left + pen.textlength(heading, _font(26))
-        right = width - EDGE
-        badge = pen.textlength(WARNING, _font(15)) + 24
-        pen.rounded_rectangle((right - badge, 18, right, 46), 6, outline=AMBER)
-        pen.text((right - badge / 2, 32), WARNING, AMBER, _font(15), anchor="mm")
-        if heading_end + 18 + pen.textlength(case_id, _font(16)) < right - badge:
-            pen.text((heading_end + 18, 40), case_id, QUIET, _font(16), anchor="ls")
-
     def _color_bar(
         self, picture: Image.Image, pen: ImageDraw.ImageDraw, x: int, top_value: float
     ) -> None:
@@ -305,6 +366,18 @@ class _Sheet:
 
     def _pixels(self, width_mm: float, height_mm: float) -> tuple[int, int]:
         return max(1, round(width_mm * self.scale)), max(1, round(height_mm * self.scale))
+
+
+def _head(pen: ImageDraw.ImageDraw, left: int, width: int, heading: str, case_id: str) -> None:
+    """The line at the top, with the warning at its end."""
+    pen.text((left, 40), heading, TEXT, _font(26), anchor="ls")
+    heading_end = left + pen.textlength(heading, _font(26))
+    right = width - EDGE
+    badge = pen.textlength(WARNING, _font(15)) + 24
+    pen.rounded_rectangle((right - badge, 18, right, 46), 6, outline=AMBER)
+    pen.text((right - badge / 2, 32), WARNING, AMBER, _font(15), anchor="mm")
+    if heading_end + 18 + pen.textlength(case_id, _font(16)) < right - badge:
+        pen.text((heading_end + 18, 40), case_id, QUIET, _font(16), anchor="ls")
 
 
 def _window(voxels: Voxels, brain: Mask) -> tuple[float, float]:

@@ -4,8 +4,9 @@ Forward: measure and normalize each modality, cut out the brain, resample to the
 pad to a size the network can halve often enough. Backward: the same steps inverted.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,11 +14,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cwdm.intensity import Normalization, Scale
+from cwdm.config import Images
+from cwdm.intensity import NORMALIZATIONS, Normalization, Scale
 from cwdm.modality import Modality
 from cwdm.volume import Volume, brain_mask
 
-__all__ = ["Box", "Prepared", "prepare"]
+__all__ = ["Box", "Frame", "Prepared", "inside", "prepare"]
+
+Voxel = TypeVar("Voxel", bound=np.generic)
 
 _SAME_SPACING = 0.1
 """Voxels within 10 % of the model's size are taken as they are: brains differ by more."""
@@ -43,13 +47,23 @@ class Box:
             size.append(padded)
         return cls((start[0], start[1], start[2]), (size[0], size[1], size[2]))
 
-    def crop(self, voxels: NDArray[np.generic]) -> NDArray[np.generic]:
-        """The block, zero where it lies outside of ``voxels`` (X, Y, Z)."""
-        cropped = np.zeros(self.size, dtype=voxels.dtype)
+    @classmethod
+    def centred(cls, mask: NDArray[np.bool_], size: Sequence[int]) -> "Box":
+        """The block of that size with the mask's extent in the middle, rounded towards it."""
+        tight = cls.around(mask, 1)
+        x, y, z = (
+            start + int((length - wanted) / 2)
+            for start, length, wanted in zip(tight.start, tight.size, size, strict=True)
+        )
+        return cls((x, y, z), (size[0], size[1], size[2]))
+
+    def crop(self, voxels: NDArray[Voxel], outside: float = 0) -> NDArray[Voxel]:
+        """The block, ``outside`` where it lies outside of ``voxels`` (X, Y, Z)."""
+        cropped = np.full(self.size, outside, dtype=voxels.dtype)
         cropped[self._inside(voxels.shape, shift=False)] = voxels[self._inside(voxels.shape)]
         return cropped
 
-    def uncrop(self, voxels: NDArray[np.generic], shape: tuple[int, ...]) -> NDArray[np.generic]:
+    def uncrop(self, voxels: NDArray[Voxel], shape: tuple[int, ...]) -> NDArray[Voxel]:
         """The whole grid with the block in its place and zeros around; inverse of ``crop``."""
         whole = np.zeros(shape, dtype=voxels.dtype)
         whole[self._inside(shape)] = voxels[self._inside(shape, shift=False)]
@@ -57,10 +71,63 @@ class Box:
 
     def _inside(self, shape: tuple[int, ...], *, shift: bool = True) -> tuple[slice, ...]:
         """Where block and grid overlap, in grid indices or (``shift=False``) in block indices."""
-        return tuple(
-            slice(max(a, 0) - (0 if shift else a), min(a + n, end) - (0 if shift else a))
-            for a, n, end in zip(self.start, self.size, shape, strict=True)
-        )
+        slices = []
+        for a, n, end in zip(self.start, self.size, shape, strict=True):
+            first = max(a, 0)
+            last = max(min(a + n, end), first)  # nothing where they do not meet
+            slices.append(slice(first, last) if shift else slice(first - a, last - a))
+        return tuple(slices)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where a network image lies on the grid of a case, and how its axes run."""
+
+    box: Box
+    size: tuple[int, ...]
+    """(X', Y', Z') of the network image."""
+    flipped: bool = False
+    """The network sees the first two axes the other way round (LPS)."""
+
+    @classmethod
+    def of(
+        cls,
+        mask: NDArray[np.bool_],
+        affine: NDArray[np.float64],
+        settings: Images,
+        multiple: int,
+    ) -> "Frame":
+        """The frame of a case with this brain mask (X, Y, Z).
+
+        Args:
+            multiple: every axis of the network image is a multiple of this.
+        """
+        spacing = np.linalg.norm(affine[:3, :3], axis=0)
+        ratio = spacing / settings.spacing_mm
+        zoom = np.where(abs(ratio - 1) > _SAME_SPACING, ratio, 1.0)
+        if settings.size is not None:
+            size = settings.size
+            middle = mask if settings.centre == "brain" else np.ones_like(mask)
+            box = Box.centred(middle, [round(n / z) for n, z in zip(size, zoom, strict=True)])
+        else:
+            box = Box.around(mask, multiple if (zoom == 1).all() else 1)
+            x, y, z = (
+                n if z == 1 else max(multiple, round(n * z / multiple) * multiple)
+                for n, z in zip(box.size, zoom, strict=True)
+            )
+            size = (x, y, z)
+        return cls(box, size, settings.orientation == "LPS")
+
+    def to_network(self, voxels: NDArray[np.generic]) -> Tensor:
+        """What is in the box -> network image (X', Y', Z') float32."""
+        image = _resize(torch.from_numpy(voxels.astype(np.float32)), self.size)
+        return image.flip(0, 1) if self.flipped else image
+
+    def from_network(self, image: Tensor) -> NDArray[np.float32]:
+        """Network image -> what goes into the box; inverse of ``to_network``."""
+        image = image.detach().float().cpu()
+        image = _resize(image.flip(0, 1) if self.flipped else image, self.box.size)
+        return image.numpy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,54 +135,44 @@ class Prepared:
     """A case as the network sees it, with all that is needed to go back."""
 
     images: Mapping[Modality, Tensor]
-    """Normalized (X', Y', Z') float32, 0 outside the brain."""
+    """Normalized (X', Y', Z') float32, the background's value outside the brain."""
     scales: Mapping[Modality, Scale]
     mask: NDArray[np.bool_]
     """(X, Y, Z) brain on the case's own grid: where at least half of the modalities have it."""
-    box: Box
-    """Where the images lie on the case's grid."""
+    frame: Frame
 
     def restore(self, image: Tensor, scale: Scale) -> NDArray[np.float32]:
         """A network image (X', Y', Z') -> (X, Y, Z) in scanner units, exactly 0 off the brain."""
-        voxels = _resize(image.detach().float().cpu(), self.box.size).numpy()
-        whole = self.box.uncrop(voxels, self.mask.shape)
-        restored = Normalization.denormalize(whole.astype(np.float32), self.mask, scale)
+        whole = self.frame.box.uncrop(self.frame.from_network(image), self.mask.shape)
+        restored = Normalization.denormalize(whole, self.mask, scale)
         return restored.astype(np.float32)
 
 
-def prepare(
-    volumes: Mapping[Modality, Volume],
-    normalization: Normalization,
-    *,
-    multiple: int,
-    spacing_mm: float,
-) -> Prepared:
+def prepare(volumes: Mapping[Modality, Volume], settings: Images, *, multiple: int) -> Prepared:
     """Normalize the volumes of one case (one common grid) and cut out the brain.
 
     Args:
         multiple: every axis of the images is a multiple of this.
-        spacing_mm: voxel size of the images; a case within 10 % of it is not resampled.
     """
-    masks = {modality: brain_mask(volume) for modality, volume in volumes.items()}
+    normalization = NORMALIZATIONS[settings.normalization]
+    masks = {modality: inside(volume, normalization) for modality, volume in volumes.items()}
     stacked = np.stack(list(masks.values()))
     votes: NDArray[np.int64] = stacked.sum(axis=0)
     mask = np.greater_equal(2 * votes, len(masks))
     if not mask.any():
         mask = np.greater(votes, 0)
-    spacing = np.linalg.norm(next(iter(volumes.values())).affine[:3, :3], axis=0)
-    zoom = np.where(abs(spacing / spacing_mm - 1) > _SAME_SPACING, spacing / spacing_mm, 1.0)
-    box = Box.around(mask, multiple if (zoom == 1).all() else 1)
-    size = tuple(
-        n if z == 1 else max(multiple, round(n * z / multiple) * multiple)
-        for n, z in zip(box.size, zoom, strict=True)
-    )
+    frame = Frame.of(mask, next(iter(volumes.values())).affine, settings, multiple)
     images, scales = {}, {}
     for modality, volume in volumes.items():
         scales[modality] = normalization.measure(volume.voxels, masks[modality])
         image = normalization.normalize(volume.voxels, masks[modality], scales[modality])
-        cropped = torch.from_numpy(box.crop(image).astype(np.float32))
-        images[modality] = _resize(cropped, size)
-    return Prepared(images, scales, mask, box)
+        images[modality] = frame.to_network(frame.box.crop(image, normalization.background))
+    return Prepared(images, scales, mask, frame)
+
+
+def inside(volume: Volume, normalization: Normalization) -> NDArray[np.bool_]:
+    """(X, Y, Z) the brain, or everything where a normalization has no outside."""
+    return brain_mask(volume) if normalization.masked else np.ones(volume.voxels.shape, bool)
 
 
 def _resize(image: Tensor, size: tuple[int, ...]) -> Tensor:

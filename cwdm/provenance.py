@@ -9,7 +9,7 @@ from cwdm.files import atomic_write
 from cwdm.intensity import Scale
 from cwdm.modality import Modality
 
-__all__ = ["Provenance", "Source", "warnings_for"]
+__all__ = ["MEMORISATION", "Provenance", "SampleProvenance", "Source", "warnings_for"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +35,11 @@ class Provenance:
     model: Source
     seed: int
     sampler: str
-    steps: int
+    steps: int | tuple[int, ...]
     precision: str
     device: str
+    compat: bool
+    """Whether the published scripts were imitated."""
     normalization: str
     scales: Mapping[Modality, Scale]
     """Offset and scale measured in each input, in scanner units."""
@@ -76,3 +78,59 @@ def warnings_for(target: Modality, absent: tuple[Modality, ...]) -> tuple[str, .
         names = ", ".join(absent)
         warnings.append(f"Made without {names}: expect less than with all three other modalities.")
     return tuple(warnings)
+
+
+MEMORISATION = (
+    "A sample can resemble an image the model was trained on, the more so the fewer those were: it "
+    "is neither a new patient nor anonymous by itself."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleProvenance:
+    """The same for an image that was generated from nothing but noise."""
+
+    cwdm: str
+    """Version of this package."""
+    torch: str
+    model: Source
+    target: Modality
+    seed: int
+    number: int
+    """Of the sample; its noise follows from seed and number alone."""
+    size: tuple[int, int, int]
+    """Voxels along X, Y, Z."""
+    sampler: str
+    steps: int | tuple[int, ...]
+    precision: str
+    device: str
+    compat: bool
+    """Whether the published script was imitated."""
+    normalization: str
+    target_scale: Scale
+    """Assumed, not measured: the median of the training cases."""
+    seconds: float = 0.0
+    warnings: tuple[str, ...] = (MEMORISATION,)
+    synthetic: bool = True
+    use: str = "Research use only. Not acquired by a scanner and of no patient; not for diagnosis."
+
+    @property
+    def name(self) -> str:
+        """What its files are called, without their endings."""
+        if self.compat:
+            return f"sample_{self.number}_0"
+        return f"{self.model.name}-{self.number:05d}-{self.target}"
+
+    @property
+    def description(self) -> str:
+        """For the 80 bytes of the NIfTI header."""
+        return f"cwdm {self.cwdm} SYNTHETIC {self.target}, of no patient; research use only"
+
+    def as_json(self) -> str:
+        """The record as it is written."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    def write(self, path: Path, *, overwrite: bool = False) -> None:
+        """As JSON; InputError as ``atomic_write``."""
+        with atomic_write(path, overwrite) as temporary:
+            temporary.write_text(self.as_json(), encoding="utf-8")

@@ -4,42 +4,28 @@ read -> normalize, cut out the brain -> wavelet coefficients -> sample -> image 
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 import torch
-from torch import Tensor
 
 from cwdm import __version__
+from cwdm import compat as published
 from cwdm.case import Case, read_case
-from cwdm.coefficients import decode
 from cwdm.conditioning import condition
+from cwdm.engine import Engine, Precision, Progress
 from cwdm.errors import InputError
 from cwdm.files import check_target, sha256
-from cwdm.intensity import NORMALIZATIONS
+from cwdm.intensity import Scale
 from cwdm.modality import Modality, others, parse_modality
 from cwdm.model import Model, default_model, load_model
+from cwdm.noise import noise_stream
 from cwdm.preparation import prepare
 from cwdm.provenance import Provenance, Source, warnings_for
-from cwdm.sampling import SAMPLERS, clamped, noise_stream, sample
 from cwdm.volume import Volume, is_synthetic, read_volumes, write_volume
 
-__all__ = [
-    "Precision",
-    "Synthesis",
-    "Synthesizer",
-    "choose_bf16",
-    "choose_device",
-    "output_paths",
-    "synthesize",
-]
-
-Precision = Literal["auto", "fp32", "bf16"]
-Progress = Callable[[int, int], None]
-"""Called with (steps done, steps in all)."""
+__all__ = ["Synthesis", "Synthesizer", "output_paths", "synthesize"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,13 +55,28 @@ class Synthesis:
 class Synthesizer:
     """A model, loaded once, applied to many cases."""
 
-    def __init__(self, model: Model, *, device: str = "auto", precision: Precision = "auto"):
+    def __init__(
+        self,
+        model: Model,
+        target: Modality | None = None,
+        *,
+        device: str = "auto",
+        precision: Precision = "auto",
+    ):
+        config = model.config
+        self.target = target or config.targets[0]
+        if self.target not in config.targets:
+            raise InputError(
+                f"{model.path}: a model for {', '.join(config.targets)}, "
+                f"expected one for {self.target}"
+            )
+        if config.conditioning != "others":
+            raise InputError(
+                f"{model.path}: {config.name} is given no other sequences of a case (conditioning "
+                f"= '{config.conditioning}'), expected a model for cwdm synthesize"
+            )
         self.model = model
-        self.device = choose_device(device)
-        self.bf16 = choose_bf16(precision, self.device)
-        self.denoiser = model.denoiser.to(self.device)
-        if self.bf16:
-            self.denoiser.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        self.engine = Engine(model, device=device, precision=precision)
 
     @classmethod
     def load(
@@ -83,81 +84,86 @@ class Synthesizer:
         target: Modality,
         model: Path | None = None,
         *,
+        preset: str | None = None,
         device: str = "auto",
         precision: Precision = "auto",
     ) -> Self:
         """With the model in a file, or the one that ships for ``target``.
 
+        Args:
+            preset: of a published checkpoint, where its file does not tell.
+
         Raises:
             InputError: the file is not a model, or one for another target; no such device.
         """
-        loaded = load_model(model or default_model(target))
-        if loaded.config.target is not target:
-            raise InputError(
-                f"{loaded.path}: a model for {loaded.config.target}, expected one for {target}"
-            )
-        return cls(loaded, device=device, precision=precision)
+        loaded = load_model(model or default_model(target), target, preset=preset)
+        return cls(loaded, target, device=device, precision=precision)
 
     def __call__(
         self,
         case: Case,
         *,
         seed: int = 0,
-        steps: int | None = None,
+        steps: int | tuple[int, ...] | None = None,
         sampler: str | None = None,
+        compat: bool = False,
         progress: Progress | None = None,
     ) -> Synthesis:
-        """Synthesize the model's target for a case. An acquired image of it is not looked at.
+        """Synthesize the target for a case. An acquired image of it is not looked at.
 
         Args:
             seed: of this case's own generator; the result depends on nothing else that is random.
             steps: denoising steps, by default the model's own recommendation.
             sampler: a name in ``SAMPLERS``, by default the model's own.
+            compat: put out what the published scripts write (see ``compat``): their crop, their
+                stream of random numbers, their threshold, values in [0, 1].
 
         Raises:
             InputError: the case cannot be read, has nothing the model can use, or an unknown
                 sampler or number of steps was asked for.
         """
-        start = time.perf_counter()
-        config = self.model.config
-        target, settings = config.target, config.sampling
-        sampler, steps = sampler or settings.sampler, steps or settings.steps
-        schedule = config.diffusion.build()
-        if sampler not in SAMPLERS:
-            raise InputError(f"{sampler!r} is not a sampler, expected one of {', '.join(SAMPLERS)}")
-        if not 1 <= steps <= schedule.steps:
-            raise InputError(f"steps is {steps}, expected 1 to {schedule.steps}")
+        began = time.perf_counter()
+        config, target, engine = self.model.config, self.target, self.engine
+        settings = engine.settings(sampler, steps)
+        if compat:
+            published.check(config, self.model.path)
         absent = self._absent(case)
         sources = [m for m in others(target) if m in case.images]
         volumes = read_volumes(case, sources)
-        normalization = NORMALIZATIONS[config.images.normalization]
-        prepared = prepare(
-            volumes,
-            normalization,
-            multiple=2 * config.network.divisor,
-            spacing_mm=config.images.spacing_mm,
+        prepared = (
+            published.prepare(volumes)
+            if compat
+            else prepare(volumes, config.images, multiple=config.multiple)
         )
         cond = condition(
-            {m: image[None, None].to(self.device) for m, image in prepared.images.items()}, target
+            {m: image[None, None].to(engine.device) for m, image in prepared.images.items()},
+            target,
+            config.transform,
         )
-        denoise = clamped(partial(self._denoise, cond=cond), normalization.low, normalization.high)
-        draw = noise_stream((1, 8, *cond.shape[2:]), seed, self.device)
-        chain = sample(
-            denoise,
-            draw(),
-            schedule,
-            draw=draw,
-            step=SAMPLERS[sampler],
-            times=schedule.timesteps(steps),
-        )
-        for done, x_s in enumerate(chain, start=1):
-            x_0 = x_s
-            if progress:
-                progress(done, steps)
-        scale = self.model.prior.predict(prepared.scales)
-        voxels = prepared.restore(decode(x_0)[0, 0], scale)
-        if all(volume.voxels.min() >= 0 for volume in volumes.values()):
-            voxels = voxels.clip(min=0)
+        stream = published.noise_stream if compat else noise_stream
+        draw = stream((1, config.transform.channels, *cond.shape[2:]), seed, engine.device)
+        image = engine.run(
+            settings,
+            draw,
+            cond=cond,
+            label=config.targets.index(target) if len(config.targets) > 1 else None,
+            told=published.network_time(config.process, settings) if compat else None,
+            progress=progress,
+        )[0, 0]
+        like = volumes[sources[0]]
+        if compat:
+            scale = Scale(0.0, 1.0)
+            volume = (
+                published.sample(prepared, image)
+                if target in case.images
+                else published.complete(prepared, image, like)
+            )
+        else:
+            scale = self.model.priors[target].predict(prepared.scales)
+            voxels = prepared.restore(image, scale)
+            if all(source.voxels.min() >= 0 for source in volumes.values()):
+                voxels = voxels.clip(min=0)
+            volume = replace(like, voxels=voxels)
         provenance = Provenance(
             cwdm=__version__,
             torch=torch.__version__,
@@ -167,25 +173,26 @@ class Synthesizer:
             absent=absent,
             model=Source(name=config.name, sha256=self.model.sha256),
             seed=seed,
-            sampler=sampler,
-            steps=steps,
-            precision="bf16" if self.bf16 else "fp32",
-            device=str(self.device),
-            normalization=config.images.normalization,
+            sampler=settings.sampler,
+            steps=settings.steps,
+            precision="bf16" if engine.bf16 else "fp32",
+            device=str(engine.device),
+            compat=compat,
+            normalization="published" if compat else config.images.normalization,
             scales=prepared.scales,
             target_scale=scale,
-            seconds=round(time.perf_counter() - start, 3),
+            seconds=round(time.perf_counter() - began, 3),
             warnings=warnings_for(target, absent),
         )
-        return Synthesis(replace(volumes[sources[0]], voxels=voxels), provenance, case)
+        return Synthesis(volume, provenance, case)
 
     def _absent(self, case: Case) -> tuple[Modality, ...]:
         """Conditioning modalities the case lacks; InputError if the model cannot do without."""
-        needed = others(self.model.config.target)
+        needed = others(self.target)
         absent = tuple(m for m in needed if m not in case.images)
         if len(absent) == len(needed):
             raise InputError(
-                f"case {case.id}: nothing to synthesize {self.model.config.target} from, "
+                f"case {case.id}: nothing to synthesize {self.target} from, "
                 f"expected at least one of {', '.join(needed)}"
             )
         if absent and self.model.config.training.drop_conditions == 0:
@@ -194,12 +201,6 @@ class Synthesizer:
                 f"{self.model.config.name} needs"
             )
         return absent
-
-    def _denoise(self, x_t: Tensor, t: int, *, cond: Tensor) -> Tensor:
-        times = torch.full((len(x_t),), t, device=x_t.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            estimate: Tensor = self.denoiser(x_t, times, cond)
-        return estimate.float()
 
 
 def output_paths(
@@ -225,9 +226,11 @@ def synthesize(
     missing: Modality | str,
     *,
     model: Path | None = None,
+    preset: str | None = None,
     seed: int = 0,
-    steps: int | None = None,
+    steps: int | tuple[int, ...] | None = None,
     sampler: str | None = None,
+    compat: bool = False,
     device: str = "auto",
     precision: Precision = "auto",
 ) -> Synthesis:
@@ -237,7 +240,8 @@ def synthesize(
         case: a case or its folder.
         missing: the modality to synthesize, by any of its names.
         model: a model file, by default the one that ships for this modality.
-        seed, steps, sampler, device, precision: see ``Synthesizer``.
+        preset: of a published checkpoint, where its file does not tell.
+        seed, steps, sampler, compat, device, precision: see ``Synthesizer``.
 
     Raises:
         InputError: whatever is wrong with the case, the names or the model.
@@ -245,27 +249,8 @@ def synthesize(
     Example:
         >>> cwdm.synthesize("BraTS-GLI-00000-000", "t2f").write(Path("out"))  # doctest: +SKIP
     """
-    loaded = Synthesizer.load(parse_modality(missing), model, device=device, precision=precision)
+    loaded = Synthesizer.load(
+        parse_modality(missing), model, preset=preset, device=device, precision=precision
+    )
     case = case if isinstance(case, Case) else read_case(Path(case))
-    return loaded(case, seed=seed, steps=steps, sampler=sampler)
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` takes a GPU if there is one; InputError if the device is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {name}: found {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def choose_bf16(precision: Precision, device: torch.device) -> bool:
-    """``auto`` takes bfloat16 where the hardware multiplies matrices in it."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    # since torch 2.9; before, bfloat16 has to be asked for
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("amx_bf16", False))
+    return loaded(case, seed=seed, steps=steps, sampler=sampler, compat=compat)

@@ -13,23 +13,20 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from cwdm.case import Case
-from cwdm.coefficients import decode, encode
 from cwdm.conditioning import condition
 from cwdm.config import Config, Training
 from cwdm.dataset import TrainingBlocks
-from cwdm.diffusion import Schedule
 from cwdm.errors import InputError
 from cwdm.files import atomic_write
-from cwdm.intensity import ScalePrior
+from cwdm.intensity import NORMALIZATIONS, ScalePrior
 from cwdm.losses import band_loss, structure_loss
 from cwdm.modality import Modality, others
-from cwdm.model import build_denoiser, load_model, save_model
+from cwdm.model import build_denoiser, load_model, save_model, to_bytes
 
 __all__ = ["TrainStep", "train"]
 
@@ -72,6 +69,11 @@ def train(
         InputError: ``run_dir`` holds a run and ``resume`` is off, or a run of another
             configuration; or the cases cannot be used.
     """
+    if config.conditioning == "inpainting":
+        raise InputError(
+            f"{config.name}: cwdm cannot train an inpainting model, expected conditioning = "
+            "'others' or 'none'"
+        )
     settings = config.training
     checkpoint = run_dir / CHECKPOINT
     if checkpoint.exists() and not resume:
@@ -84,41 +86,50 @@ def train(
     optimizer = torch.optim.AdamW(denoiser.parameters(), settings.learning_rate, weight_decay=0.0)
     done = _restore(checkpoint, config, denoiser, average, optimizer) if checkpoint.exists() else 0
 
-    schedule = config.diffusion.build()
-    times = schedule.timesteps(settings.timesteps)[:-1]
-    data = TrainingBlocks(cases, config, multiple=2 * config.network.divisor)
-    prior = ScalePrior.learn(config.target, data.scales)
+    times = config.process.timesteps(settings.timesteps)[:-1]
+    data = TrainingBlocks(cases, config)
+    priors = {target: ScalePrior.learn(target, data.scales) for target in config.targets}
+    low = NORMALIZATIONS[config.images.normalization].background
+    weights = torch.tensor(settings.band_weights, device=device)
     network: Callable[..., Tensor] = torch.compile(denoiser) if compiled else denoiser
     for step, images in _batches(data, done, settings):
-        start = time.perf_counter()
+        start_of_step = time.perf_counter()
         generator = torch.Generator().manual_seed(settings.seed * 2**32 + step)
         rate = _learning_rate(step, settings)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        by_modality = dict(zip(Modality, images.to(device).unsqueeze(2).unbind(1), strict=True))
-        target_image = by_modality.pop(config.target)
-        x_0 = encode(target_image)
-        _drop(by_modality, config.target, settings.drop_conditions, generator)
-        cond = condition(by_modality, config.target)
-        t = _draw_times(len(images), times, schedule, settings, generator).to(device)
-        x_t = schedule.add_noise(x_0, torch.randn(x_0.shape, generator=generator).to(device), t)
+        by_modality = dict(
+            zip(config.modalities, images.to(device).unsqueeze(2).unbind(1), strict=True)
+        )
+        target, label = _draw_target(config, len(images), generator)
+        target_image = by_modality.pop(target)
+        x_0 = config.transform.encode(target_image)
+        cond = None
+        if by_modality:
+            _drop(by_modality, target, settings.drop_conditions, generator)
+            cond = condition(by_modality, target, config.transform)
+        t = _draw_times(len(images), times, settings, generator).to(device)
+        noise = torch.randn(x_0.shape, generator=generator).to(device)
+        start = denoiser.start(noise, cond)
+        x_t = config.process.mix(x_0, start, noise, t)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            estimate = network(x_t, t, cond)
-        losses = band_loss(estimate, x_0)
-        loss = (losses * torch.tensor(settings.band_weights, device=device)).mean()
+            output = network(x_t, t, cond, None if label is None else label.to(device))
+        losses = band_loss(output, denoiser.goal(x_0, start, cond))
+        loss = (losses * weights).mean()
         if settings.structure_weight:
-            image = decode(estimate.float())
-            loss = loss + settings.structure_weight * structure_loss(image, target_image)
+            image = config.transform.decode(denoiser.x_0(output.float(), x_t, t, cond))
+            loss = loss + settings.structure_weight * structure_loss(image, target_image, low)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         average.update_parameters(denoiser)
         if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.iterations:
             _save(checkpoint, config, denoiser, average, optimizer, step + 1)
-            weights = average.module.get_submodule("backbone").state_dict()
-            half = {name: tensor.half() for name, tensor in weights.items()}
-            save_model(config, half, prior, run_dir / MODEL, overwrite=True)
-        yield TrainStep(step + 1, loss.item(), losses.detach(), time.perf_counter() - start)
+            averaged = average.module.get_submodule("backbone").state_dict()
+            half = {name: tensor.half() for name, tensor in averaged.items()}
+            save_model(config, half, priors, run_dir / MODEL, overwrite=True)
+        seconds = time.perf_counter() - start_of_step
+        yield TrainStep(step + 1, loss.item(), losses.detach(), seconds)
 
 
 def _start_from(path: Path, config: Config, denoiser: nn.Module) -> None:
@@ -159,17 +170,23 @@ def _learning_rate(step: int, settings: Training) -> float:
     return rate
 
 
+def _draw_target(
+    config: Config, n: int, generator: torch.Generator
+) -> tuple[Modality, Tensor | None]:
+    """What this step makes and, for a model of several targets, its label (n,)."""
+    if len(config.targets) == 1:
+        return config.targets[0], None
+    index = int(torch.randint(len(config.targets), (1,), generator=generator))
+    return config.targets[index], torch.full((n,), index)
+
+
 def _draw_times(
-    n: int,
-    times: Sequence[int],
-    schedule: Schedule,
-    settings: Training,
-    generator: torch.Generator,
+    n: int, times: Sequence[int], settings: Training, generator: torch.Generator
 ) -> Tensor:
     """(n,) times in 1..T: T with probability ``noise_share``, else one of ``times``."""
     t = torch.tensor(times)[torch.randint(len(times), (n,), generator=generator)]
     pure = torch.rand(n, generator=generator) < settings.noise_share
-    return torch.where(pure, schedule.steps, t)
+    return torch.where(pure, times[0], t)
 
 
 def _drop(
@@ -202,7 +219,7 @@ def _save(
         tensors |= {f"optimizer.{index}.{name}": value for name, value in slots.items()}
     metadata = {"config": json.dumps(config.as_dict()), "step": str(step)}
     with atomic_write(path, overwrite=True) as temporary:
-        temporary.write_bytes(save({k: v.contiguous() for k, v in tensors.items()}, metadata))
+        temporary.write_bytes(to_bytes(tensors, metadata))
 
 
 def _restore(

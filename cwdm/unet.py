@@ -9,6 +9,7 @@ names of the published checkpoints, so that those load without a mapping.
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ __all__ = ["UNet", "UNetConfig", "timestep_embedding"]
 class UNetConfig:
     """Shape of the network. The defaults are those of the published cWDM models."""
 
+    kind: Literal["unet"] = "unet"
     channels: int = 64
     """Width at full coefficient resolution."""
     multipliers: tuple[int, ...] = (1, 2, 2, 4, 4)
@@ -47,6 +49,8 @@ class UNetConfig:
     """Attention heads."""
     dropout: float = 0.0
     """Dropout probability in residual blocks."""
+    classes: int = 0
+    """Number of labels the network can be told, 0 for none."""
 
     def __post_init__(self) -> None:
         widths = [self.channels * m for m in self.multipliers]
@@ -106,15 +110,19 @@ class ResBlock(nn.Module):
         h = activation(norm(x))
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
-        h = conv(h)
-        shift = self.emb_layers(embedding)[:, :, None, None, None]
-        if self.scale_shift:
-            scale, shift = shift.chunk(2, dim=1)
-            h = self.out_layers[0](h) * (1 + scale) + shift
-            h = self.out_layers[1:](h)
-        else:
-            h = self.out_layers(h + shift)
+        h = conv(h)  # one tensor less at the peak than in one expression with what follows
+        h = self.tell(h, embedding)
         return self.skip_connection(x) + h  # type: ignore[no-any-return]
+
+    def tell(self, h: Tensor, embedding: Tensor) -> Tensor:
+        """The second half: features (B, out_channels, ...) learn the time (B, E)."""
+        shift = self.emb_layers(embedding)[:, :, None, None, None]
+        if not self.scale_shift:
+            h += shift
+            return self.out_layers(h)  # type: ignore[no-any-return]
+        scale, shift = shift.chunk(2, dim=1)
+        h = self.out_layers[0](h) * (1 + scale) + shift
+        return self.out_layers[1:](h)  # type: ignore[no-any-return]
 
 
 class Attention(nn.Module):
@@ -172,8 +180,8 @@ class UNet(nn.Module):
 
     Args:
         config: the shape of the network.
-        in_channels: 8 for the noisy target plus 8 per conditioning image.
-        out_channels: 8, the sub-bands of one image.
+        in_channels: those of the noisy target plus those of each conditioning image.
+        out_channels: those of one image, 8 sub-bands.
     """
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int = 8):
@@ -203,6 +211,8 @@ class UNet(nn.Module):
         self.time_embed = nn.Sequential(
             nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
         )
+        if config.classes:
+            self.label_emb = nn.Embedding(config.classes, embedding)
         self.input_blocks = nn.ModuleList(
             [nn.Sequential(nn.Conv3d(in_channels, width, 3, padding=1))]
         )
@@ -240,8 +250,11 @@ class UNet(nn.Module):
             _zero(nn.Conv3d(width, out_channels, 3, padding=1)),
         )
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """(B, in_channels, X, Y, Z), (B,) times 0..999 -> (B, out_channels, X, Y, Z).
+
+        Args:
+            label: (B,) 0..classes-1, for a network with classes.
 
         Raises:
             ValueError: if a resampled axis is not a multiple of ``config.divisor``.
@@ -253,6 +266,8 @@ class UNet(nn.Module):
                 f"{self.config.divisor} for {len(self.config.multipliers)} levels"
             )
         embedding = self.time_embed(timestep_embedding(t, self.config.channels))
+        if self.config.classes:
+            embedding = embedding + self.label_emb(label)
         h = self.input_blocks[0](x)
         skips = [h]
         for stage in self.input_blocks[1:]:

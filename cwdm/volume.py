@@ -69,6 +69,14 @@ def new_volume(
     return Volume(voxels.astype(np.float32), np.array(affine, np.float64), header, Path("(new)"))
 
 
+def as_float(header: nib.Nifti1Header) -> nib.Nifti1Header:
+    """The same header for voxels stored as float32, unscaled."""
+    header = header.copy()
+    header.set_data_dtype(np.float32)
+    header.set_slope_inter(1.0, 0.0)
+    return header
+
+
 def read_volume(path: Path) -> Volume:
     """Read a NIfTI-1 or NIfTI-2 file, compressed or not. The whole file is read and verified.
 

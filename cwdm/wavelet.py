@@ -1,53 +1,133 @@
-"""Orthonormal Haar wavelet transform of volumes, one level, as strided convolutions.
+"""Orthonormal wavelet transform of volumes, one level, periodic at the borders.
 
-Along each axis the low band is ``(x[2i] + x[2i+1]) / sqrt(2)`` and the high band
-``(x[2i] - x[2i+1]) / sqrt(2)`` (Mallat 1989; the sign of WDM, Friedrich et al. 2024,
-arXiv 2402.19043, section 3.1). The transform is orthonormal: it keeps the energy of a volume,
-turns white noise into white noise, and its inverse is its transpose.
+Haar, the wavelet of WDM (Friedrich et al. 2024, arXiv 2402.19043, section 3.1), is built in: along
+each axis the low band is ``(x[2i] + x[2i+1]) / sqrt(2)`` and the high band
+``(x[2i] - x[2i+1]) / sqrt(2)``. Every other orthogonal wavelet takes its filters from PyWavelets
+(extra ``cwdm[wavelets]``) and equals its mode "periodization", so that n samples become n/2 in each
+band whatever the length of the filter.
+
+The transform keeps the energy of a volume, turns white noise into white noise, and its inverse is
+its transpose (Mallat 1989).
 """
 
+from functools import cache
 from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["BANDS", "dwt3", "idwt3"]
+from cwdm.errors import InputError
+
+__all__ = ["BANDS", "dwt3", "filters", "idwt3"]
 
 BANDS = tuple("".join(letters) for letters in product("lh", repeat=3))
 """Sub-bands in channel order, one letter per axis X, Y, Z: lll, llh, lhl, lhh, hll, ..., hhh."""
 
 
-def _filters(like: Tensor) -> Tensor:
-    """The eight separable 2x2x2 filters, shape (8, 1, 2, 2, 2)."""
-    haar = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / 2**0.5
-    bank = torch.einsum("ip,jq,kr->ijkpqr", haar, haar, haar)
-    return bank.reshape(8, 1, 2, 2, 2).to(like)
+@cache
+def filters(wavelet: str) -> Tensor:
+    """Low and high pass of a wavelet, (2, L) float64, so that band = sum_k filter[k] x[2i + k].
+
+    Raises:
+        InputError: no such wavelet, or not an orthogonal one, or PyWavelets is not installed.
+    """
+    if wavelet == "haar":
+        return torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / 2**0.5
+    try:
+        import pywt
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"wavelet {wavelet!r} needs PyWavelets: pip install 'cwdm[wavelets]'"
+        ) from error
+    if wavelet not in pywt.wavelist(kind="discrete"):
+        raise InputError(f"{wavelet!r} is not a wavelet, expected one such as haar, db2 or sym4")
+    found = pywt.Wavelet(wavelet)
+    if not found.orthogonal:
+        raise InputError(f"wavelet {wavelet!r} is not orthogonal, expected one such as db2 or sym4")
+    pair = torch.tensor([found.dec_lo, found.dec_hi], dtype=torch.float64)
+    return pair.flip(1)  # a convolution runs backwards
 
 
-def dwt3(x: Tensor) -> Tensor:
+def dwt3(x: Tensor, wavelet: str = "haar") -> Tensor:
     """Forward transform: (B, C, X, Y, Z) -> (B, 8*C, X/2, Y/2, Z/2).
 
     Channel ``8*c + b`` of the result is band ``BANDS[b]`` of channel ``c``.
 
     Raises:
-        ValueError: if ``x`` is not 5D or an axis has an odd length.
+        ValueError: if ``x`` is not 5D or an axis has an odd length or is shorter than the filter.
     """
     if x.ndim != 5 or any(n % 2 for n in x.shape[2:]):
         raise ValueError(f"expected (B, C, X, Y, Z) with even X, Y, Z, got {tuple(x.shape)}")
+    bank = _long_enough(filters(wavelet), x.shape[2:])
     b, c, *size = x.shape
-    y = F.conv3d(x.reshape(b * c, 1, *size), _filters(x), stride=2)
+    if bank.shape[1] == 2:
+        y = F.conv3d(x.reshape(b * c, 1, *size), _cubes(bank).to(x), stride=2)
+        return y.reshape(b, 8 * c, *y.shape[2:])
+    y = x.reshape(b * c, 1, *size)
+    before, after = _overhang(bank)
+    for axis in range(3):
+        around = [0] * 6
+        around[4 - 2 * axis : 6 - 2 * axis] = before, after
+        weight, stride = _along(bank, axis)
+        y = F.conv3d(F.pad(y, around, "circular"), weight.to(x), stride=stride)
+        y = y.reshape(-1, 1, *y.shape[2:])
     return y.reshape(b, 8 * c, *y.shape[2:])
 
 
-def idwt3(y: Tensor) -> Tensor:
+def idwt3(y: Tensor, wavelet: str = "haar") -> Tensor:
     """Inverse transform: (B, 8*C, X, Y, Z) -> (B, C, 2*X, 2*Y, 2*Z); ``idwt3(dwt3(x)) == x``.
 
     Raises:
-        ValueError: if ``y`` is not 5D or its channels are not a multiple of eight.
+        ValueError: if ``y`` is not 5D, its channels are not a multiple of eight, or an axis of the
+            volume is shorter than the filter.
     """
     if y.ndim != 5 or y.shape[1] % 8:
         raise ValueError(f"expected (B, 8*C, X, Y, Z), got {tuple(y.shape)}")
+    bank = _long_enough(filters(wavelet), [2 * n for n in y.shape[2:]])
     b, c, *size = y.shape
-    x = F.conv_transpose3d(y.reshape(b * c // 8, 8, *size), _filters(y), stride=2)
+    if bank.shape[1] == 2:
+        x = F.conv_transpose3d(y.reshape(b * c // 8, 8, *size), _cubes(bank).to(y), stride=2)
+        return x.reshape(b, c // 8, *x.shape[2:])
+    x = y.reshape(b * c // 8, 8, *size)
+    before, after = _overhang(bank)
+    for axis in reversed(range(3)):
+        bands = x.reshape(-1, 2, *x.shape[2:])
+        weight, stride = _along(bank, axis)
+        x = F.conv_transpose3d(bands, weight.to(y), stride=stride)
+        x = _fold(x, 2 + axis, before, after)
     return x.reshape(b, c // 8, *x.shape[2:])
+
+
+def _cubes(bank: Tensor) -> Tensor:
+    """The eight separable 2x2x2 filters of Haar, (8, 1, 2, 2, 2): one pass for all three axes."""
+    cubes = torch.einsum("ip,jq,kr->ijkpqr", bank, bank, bank)
+    return cubes.reshape(8, 1, 2, 2, 2)
+
+
+def _along(bank: Tensor, axis: int) -> tuple[Tensor, tuple[int, ...]]:
+    """Weight and stride of a convolution along one axis, one channel to (low, high)."""
+    size, stride = [1, 1, 1], [1, 1, 1]
+    size[axis], stride[axis] = bank.shape[1], 2
+    return bank.reshape(2, 1, *size), tuple(stride)
+
+
+def _overhang(bank: Tensor) -> tuple[int, int]:
+    """How far a filter reaches over the two ends, centred as PyWavelets does."""
+    reach = bank.shape[1] - 2
+    return reach // 2, reach - reach // 2
+
+
+def _fold(x: Tensor, axis: int, before: int, after: int) -> Tensor:
+    """Add what hangs over the ends to the other end: the transpose of circular padding."""
+    n = x.shape[axis] - before - after
+    middle = x.narrow(axis, before, n).clone()
+    middle.narrow(axis, n - before, before).add_(x.narrow(axis, 0, before))
+    middle.narrow(axis, 0, after).add_(x.narrow(axis, before + n, after))
+    return middle
+
+
+def _long_enough(bank: Tensor, size: list[int] | torch.Size) -> Tensor:
+    if min(size) < bank.shape[1]:
+        raise ValueError(f"volume {tuple(size)} is smaller than the filter ({bank.shape[1]})")
+    return bank

@@ -17,19 +17,26 @@ MODULES.pop("__init__")
 
 # A module imports from its own row and the rows below. The tensor row never opens a file.
 ROWS = {
-    "jobs": {"evaluate", "floors", "montage", "simulate", "synthesis", "train"},
-    "files and records": {"anatomy", "case", "config", "dataset", "files", "intensity", "model"}
-    | {"preparation", "provenance", "volume"},
+    "jobs": {"engine", "evaluate", "floors", "generation", "montage", "simulate", "synthesis"}
+    | {"train"},
+    "files and records": {"anatomy", "case", "checkpoints", "compat", "config", "dataset", "files"}
+    | {"hub", "intensity", "model", "preparation", "provenance", "volume"},
     "tensors": {
         "coefficients",
         "conditioning",
+        "denoiser",
         "diffusion",
+        "flow",
         "losses",
+        "memory",
         "metrics",
+        "noise",
+        "process",
         "relaxation",
         "sampling",
-    }
-    | {"unet"},
+        "unet",
+        "wavunet",
+    },
     "leaves": {"errors", "modality", "wavelet"},
 }
 ROW_OF = {module: depth for depth, modules in enumerate(ROWS.values()) for module in modules}
@@ -41,6 +48,8 @@ HOMES = {
     "pandas": {"evaluate"},
     "nilearn": {"anatomy"},
     "sklearn": {"floors"},
+    "huggingface_hub": {"hub"},
+    "pywt": {"wavelet"},
 }
 
 

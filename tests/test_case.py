@@ -6,11 +6,11 @@ import pytest
 
 from cwdm.case import find_cases, read_case
 from cwdm.errors import InputError
-from cwdm.modality import Modality
+from cwdm.modality import SEQUENCES
 
 FolderWith = Callable[..., Path]
 
-T1N, T1C, T2W, T2F = Modality
+T1N, T1C, T2W, T2F = SEQUENCES
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_every_naming_is_understood(folder_with: FolderWith, names: tuple[str, .
     folder = folder_with(*(pattern.format(modality) for modality in modalities))
     case = read_case(folder)
     assert case.id == pattern[: pattern.index("{") - 1]
-    assert list(case.images) == list(Modality)
+    assert list(case.images) == list(SEQUENCES)
     *images, segmentation = (folder / pattern.format(modality) for modality in modalities)
     assert list(case.images.values()) == images
     assert case.segmentation == segmentation
@@ -76,7 +76,7 @@ def test_files_without_an_id_take_the_folders_name(folder_with: FolderWith) -> N
 
 
 def test_without_forgets_modalities_and_nothing_else(folder_with: FolderWith) -> None:
-    case = read_case(folder_with(*(f"x-{modality}.nii.gz" for modality in Modality)))
+    case = read_case(folder_with(*(f"x-{modality}.nii.gz" for modality in SEQUENCES)))
     fewer = case.without(T2F, T1N)
     assert fewer.missing == (T1N, T2F)
     assert case.missing == ()

@@ -14,7 +14,7 @@ import re
 import shlex
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,17 +22,20 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from cwdm.cli.main import COMMANDS, cwdm
 from cwdm.config import Config
-from cwdm.modality import ALIASES, Modality
+from cwdm.modality import ALIASES, SEQUENCES, Modality
+from cwdm.model import build_denoiser
 from cwdm.provenance import Provenance
 
 ROOT = Path(__file__).parents[1]
 GUIDES = {name: ROOT / "docs" / f"{name}.md" for name in COMMANDS}
+GUIDES["models"] = ROOT / "docs" / "published-models.md"
 EXECUTED = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKING = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("cwdm/weights/*.md")]
 SLOW = {"simulate.md"}  # simulates at full size
@@ -68,7 +71,7 @@ def workplace(
     make_image: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """The folder in which the documents play, with small cases; the working directory."""
-    all_four = tuple(Modality)
+    all_four = SEQUENCES
 
     def write(folder: str, number: int, modalities: tuple[Modality, ...]) -> None:
         case_id = f"BraTS-GLI-{number:05d}-000"
@@ -87,6 +90,9 @@ def workplace(
     write("more-cases/BraTS-GLI-00006-000", 6, all_four)
     make_image("labelmaps/brain.nii.gz", voxels=label_map())
 
+    published(tmp_path / "published" / "brats_t2f_1200000.pt", "cwdm-t2f")
+    published(tmp_path / "published" / "brats3dimage120000.pt", "fastwdm-inpainting")
+
     write("only-flair", 7, (Modality.T2F,))
     write("truncated", 8, all_four[:3])
     broken = tmp_path / "truncated" / "BraTS-GLI-00008-000-t1c.nii.gz"
@@ -99,6 +105,15 @@ def workplace(
     monkeypatch.setattr("cwdm.floors.BOOSTING_ROUNDS", 20)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def published(path: Path, preset: str) -> None:
+    """A checkpoint as published, of a network that is small and knows nothing."""
+    config = Config.read(preset)
+    small = replace(config.network, channels=8, groups=4, multipliers=(1, 2), res_blocks=1)
+    weights = build_denoiser(replace(config, network=small)).backbone.state_dict()
+    path.parent.mkdir(exist_ok=True)
+    torch.save(weights, path)
 
 
 def patient(seed: int) -> tuple[dict[Modality, NDArray[np.int16]], NDArray[np.uint8]]:
@@ -194,7 +209,7 @@ def test_the_example_of_a_record_has_the_fields_of_a_record() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_a_guide_that_the_readme_links_to(name: str) -> None:
-    assert f"(docs/{name}.md)" in (ROOT / "README.md").read_text()
+    assert f"(docs/{GUIDES[name].name})" in (ROOT / "README.md").read_text()
     assert f"cwdm {name} --" in GUIDES[name].read_text()
 
 
@@ -211,15 +226,17 @@ def test_no_document_names_an_option_that_does_not_exist(document: Path) -> None
 
 
 def options(name: str) -> set[str]:
-    """Every option of a command."""
+    """Every option of a command and of the commands below it."""
     command = cwdm.get_command(click.Context(cwdm), name)
     assert command is not None
-    return {word for parameter in command.params for word in parameter.opts if word[:2] == "--"}
+    below = command.commands.values() if isinstance(command, click.Group) else ()
+    parameters = [parameter for each in (command, *below) for parameter in each.params]
+    return {word for parameter in parameters for word in parameter.opts if word[:2] == "--"}
 
 
 def test_every_name_of_a_modality_is_in_the_guide() -> None:
     text = GUIDES["synthesize"].read_text()
-    for alias in (alias for aliases in ALIASES.values() for alias in aliases):
+    for alias in (alias for sequence in SEQUENCES for alias in ALIASES[sequence]):
         assert f"`{alias}`" in text
 
 

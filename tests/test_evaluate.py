@@ -33,13 +33,13 @@ from cwdm.evaluate import (
     write_tables,
 )
 from cwdm.metrics import Aligned, mae, psnr, ssim
-from cwdm.modality import Modality
+from cwdm.modality import SEQUENCES, Modality
 from cwdm.volume import brain_mask, read_volume
 
 MakeImage = Callable[..., Path]
 MakePatient = Callable[..., Case]
 SHAPE = (24, 22, 20)
-T1N, T1C, T2W, T2F = Modality
+T1N, T1C, T2W, T2F = SEQUENCES
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ def test_the_predictor_never_gets_the_target(make_patient: MakePatient) -> None:
         return perfect(case, target)
 
     evaluate([make_patient()], predict)
-    assert seen == [(target, (target,)) for target in Modality]
+    assert seen == [(target, (target,)) for target in SEQUENCES]
 
 
 def test_one_row_per_modality_method_and_region(make_patient: MakePatient) -> None:

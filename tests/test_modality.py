@@ -1,22 +1,23 @@
 import pytest
 
 from cwdm.errors import InputError
-from cwdm.modality import ALIASES, Modality, find_modality, others, parse_modality
+from cwdm.modality import ALIASES, SEQUENCES, Modality, find_modality, others, parse_modality
 
 
 def test_the_order_is_that_of_the_channels() -> None:
-    assert [str(modality) for modality in Modality] == ["t1n", "t1c", "t2w", "t2f"]
+    assert [str(modality) for modality in SEQUENCES] == ["t1n", "t1c", "t2w", "t2f"]
+    assert set(Modality) - set(SEQUENCES) == {Modality.CT}
 
 
-@pytest.mark.parametrize("target", Modality)
+@pytest.mark.parametrize("target", SEQUENCES)
 def test_others_are_the_remaining_three_in_order(target: Modality) -> None:
-    assert others(target) == tuple(each for each in Modality if each != target)
+    assert others(target) == tuple(each for each in SEQUENCES if each != target)
 
 
 @pytest.mark.parametrize(
     ("name", "modality"),
     [
-        *((each, each) for each in Modality),
+        *((each, each) for each in SEQUENCES),
         ("T1", "t1n"),
         ("t1w", "t1n"),
         ("t1ce", "t1c"),
@@ -54,3 +55,9 @@ def test_a_name_like_no_other_is_answered_with_the_choice() -> None:
 @pytest.mark.parametrize("name", ["", "seg", "t3", "t1n2", "lesion"])
 def test_find_modality_knows_what_it_does_not_know(name: str) -> None:
     assert find_modality(name) is None
+
+
+def test_ct_is_found_in_a_file_name_but_is_no_sequence() -> None:
+    assert find_modality("CT") is Modality.CT
+    with pytest.raises(InputError, match="'ct' is not a modality, expected one of t1n"):
+        parse_modality("ct")

@@ -13,7 +13,7 @@ from PIL import Image
 from cwdm.case import read_case
 from cwdm.errors import InputError
 from cwdm.intensity import Scale
-from cwdm.modality import Modality, others
+from cwdm.modality import SEQUENCES, Modality, others
 from cwdm.montage import inferno, montage, preview, write_png
 from cwdm.provenance import Provenance, Source
 from cwdm.volume import read_volume
@@ -35,7 +35,7 @@ def images(brain: NDArray[np.bool_]) -> dict[Modality, Voxels]:
     """A ramp along X in the first, Y in the second, Z in the third; the fourth is a mixture."""
     x, y, z = np.indices(SHAPE, dtype=np.float32) + 20
     values = (x, y, z, x + y + z)
-    return {m: np.where(brain, v, 0) for m, v in zip(Modality, values, strict=True)}
+    return {m: np.where(brain, v, 0) for m, v in zip(SEQUENCES, values, strict=True)}
 
 
 def panels(picture: Image.Image) -> list[list[NDArray[np.uint8]]]:
@@ -192,6 +192,7 @@ def test_a_synthesis_is_drawn_beside_the_inputs_it_was_made_from(
         steps=4,
         precision="fp32",
         device="cpu",
+        compat=False,
         normalization="robust",
         scales={},
         target_scale=Scale(0, 1),

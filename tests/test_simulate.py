@@ -17,7 +17,7 @@ from cwdm.anatomy import CHANNELS, Anatomy, find_label_maps, from_labels, mni152
 from cwdm.case import read_case
 from cwdm.cli.main import cwdm
 from cwdm.errors import InputError
-from cwdm.modality import Modality
+from cwdm.modality import SEQUENCES, Modality
 from cwdm.relaxation import (
     RELAXATION,
     Tissue,
@@ -271,7 +271,7 @@ def test_a_case_depends_on_its_seed_and_index_alone(onion: Anatomy, cases: list[
     again = simulate_small(*CASES[4], onion)
     assert again.id == cases[4].id == "SIM-00007-001"
     assert torch.equal(again.segmentation, cases[4].segmentation)
-    for modality in Modality:
+    for modality in SEQUENCES:
         assert torch.equal(again.images[modality], cases[4].images[modality])
 
 
@@ -286,7 +286,7 @@ def test_no_two_cases_are_alike(cases: list[SimulatedCase]):
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_background_is_zero_and_the_brain_is_not(cases: list[SimulatedCase], number: int):
     case = cases[number]
-    assert list(case.images) == list(Modality)
+    assert list(case.images) == list(SEQUENCES)
     mask = case.images[Modality.T1N] > 0
     for image in case.images.values():
         assert image.dtype == torch.int16
@@ -302,14 +302,14 @@ def test_background_is_zero_and_the_brain_is_not(cases: list[SimulatedCase], num
 
 
 def test_scanner_units_vary(cases: list[SimulatedCase]):
-    for modality in Modality:
+    for modality in SEQUENCES:
         levels = [c.images[modality][c.images[modality] > 0].float().median() for c in cases]
         assert max(levels) > 2 * min(levels)
 
 
 def ratios(cases: list[SimulatedCase], label: int) -> dict[Modality, float]:
     """Median of a part of the tumor over that of the brain without tumor, typical of the cases."""
-    found: dict[Modality, list[float]] = {modality: [] for modality in Modality}
+    found: dict[Modality, list[float]] = {modality: [] for modality in SEQUENCES}
     for case in cases:
         part = case.segmentation == label
         if part.sum() < 5:
@@ -364,7 +364,7 @@ def test_a_case_is_written_as_brats_writes_it(cases: list[SimulatedCase], tmp_pa
         assert header.get_xyzt_units()[0] == "mm"
         assert b"simulated" in header["descrip"].item()
         assert header.get_data_dtype() == (np.uint8 if "seg" in path.name else np.int16)
-    for modality, volume in read_volumes(found, Modality).items():
+    for modality, volume in read_volumes(found, SEQUENCES).items():
         assert np.array_equal(volume.voxels, case.images[modality].numpy())
         assert np.array_equal(volume.affine, case.affine)
     assert np.array_equal(read_volume(folder / names[0]).voxels, case.segmentation.numpy())
@@ -396,7 +396,7 @@ def test_the_command_writes_the_cases_of_the_library(label_map: Path, tmp_path: 
     assert written == [case_id(5, 0), case_id(5, 1)]
     expected = simulate_small(5, 1, from_labels(label_map))
     folder = tmp_path / "out" / case_id(5, 1)
-    for modality, volume in read_volumes(read_case(folder), Modality).items():
+    for modality, volume in read_volumes(read_case(folder), SEQUENCES).items():
         assert np.array_equal(volume.voxels, expected.images[modality].numpy())
 
 

@@ -14,12 +14,14 @@ import cwdm
 from cwdm.case import read_case
 from cwdm.cli.main import cwdm as command
 from cwdm.config import Config, Sampling, Training
-from cwdm.diffusion import WaveletDenoiser
+from cwdm.denoiser import Denoiser
+from cwdm.diffusion import Diffusion
 from cwdm.errors import InputError
 from cwdm.files import sha256
 from cwdm.intensity import ScalePrior
 from cwdm.modality import Modality, others
 from cwdm.model import Model, build_denoiser, save_model
+from cwdm.sampling import SAMPLERS
 from cwdm.synthesis import Synthesizer, output_paths
 from cwdm.unet import UNetConfig
 from cwdm.volume import is_synthetic
@@ -32,7 +34,7 @@ TINY = Config(
     sampling=Sampling(sampler="ddpm", steps=3),
     training=Training(drop_conditions=0.1),
 )
-SAME = ScalePrior({m: 0.0 for m in others(TARGET)}, 4.0)
+SAME = {TARGET: ScalePrior({m: 0.0 for m in others(TARGET)}, 4.0)}
 
 
 @pytest.fixture
@@ -60,11 +62,11 @@ def test_with_a_copying_network_the_first_input_comes_back(make_case):
     folder = make_case(endings=("-t1n", "-t1c", "-t2w"))
     case = read_case(folder)
     t1n = nib.load(case.images[Modality.T1N])
-    model = Model(TINY, WaveletDenoiser(FirstCondition()), SAME, Path("none"), "0")
+    model = Model(TINY, Denoiser(FirstCondition(), Diffusion()), SAME, Path("none"), "0")
     probe = Synthesizer(model, device="cpu", precision="fp32")(case)
     measured = probe.provenance.scales[Modality.T1N]  # the one to predict for t2f
     exact = ScalePrior({m: 0.0 for m in others(TARGET)}, measured.offset / measured.scale)
-    model = replace(model, prior=exact)
+    model = replace(model, priors={TARGET: exact})
     for sampler in ("ddpm", "ddim"):
         result = Synthesizer(model, device="cpu", precision="fp32")(case, sampler=sampler, steps=2)
         path = result.write(folder.parent / sampler)
@@ -163,13 +165,52 @@ def test_several_missing_modalities_are_made_from_what_was_acquired(make_case, t
     assert "guess" in result.stderr  # a synthetic T1c is never made silently
 
 
+def test_steps_can_be_given_section_by_section(make_case, model_file, tmp_path):
+    folder, out = make_case(endings=("-t1n", "-t1c", "-t2w")), tmp_path / "out"
+    words = ["--input", folder, "--model", model_file, "--steps", "1,2,3", "--output", out]
+    result = run("synthesize", *words)
+    assert result.exit_code == 0, result.output
+    assert "6/6" in result.stderr
+    record = json.loads((out / "x-t2f.json").read_text())
+    assert record["steps"] == [1, 2, 3]
+    again = cwdm.synthesize(folder, "t2f", model=model_file, steps=tuple(record["steps"]))
+    written = nib.load(out / "x-t2f.nii.gz").get_fdata()
+    np.testing.assert_allclose(written, again.volume.voxels[::-1, ::-1], atol=0.5)
+
+
+def test_the_help_names_every_sampler():
+    result = run("synthesize", "--help")
+    for name in SAMPLERS:
+        assert f" {name}" in result.stdout
+
+
+def test_a_published_checkpoint_is_a_model_too(make_case, tmp_path):
+    folder, out = make_case(endings=("-t1n", "-t1c", "-t2w")), tmp_path / "out"
+    torch.manual_seed(0)
+    weights = build_denoiser(TINY).backbone.state_dict()
+    path, nameless = tmp_path / "brats_t2f_1200000.pt", tmp_path / "brats.pt"
+    for file in (path, nameless):
+        torch.save(weights, file)
+    words = ["--input", folder, "--steps", 2, "--output", out, "--model"]
+    result = run("synthesize", *words, path)
+    assert result.exit_code == 0, result.output
+    record = json.loads((out / "x-t2f.json").read_text())
+    assert record["model"] == {"name": "brats_t2f_1200000", "sha256": sha256(path)}
+    assert (record["normalization"], record["compat"]) == ("published", False)
+    loaded = Synthesizer.load(TARGET, nameless)  # what is asked for tells what it makes
+    assert loaded.model.config.target == TARGET
+    result = run("synthesize", *words, nameless, "--preset", "cwdm-t2f", "--overwrite")
+    assert result.exit_code == 2
+    assert "not the network of preset cwdm-t2f: channels = 8, expected 64" in result.stderr
+
+
 def test_mistakes_are_one_line_and_exit_code_2(make_case, make_image, model_file, tmp_path):
     complete, lone = make_case(), make_case(folder="lone", endings=("-t2f",))
     other_target = tmp_path / "other.safetensors"
     config = replace(TINY, target=Modality.T1N, training=Training())
     state = build_denoiser(config).backbone.state_dict()
-    prior = ScalePrior({m: 0.0 for m in others(Modality.T1N)}, 4.0)
-    save_model(config, state, prior, other_target, overwrite=False)
+    priors = {Modality.T1N: ScalePrior({m: 0.0 for m in others(Modality.T1N)}, 4.0)}
+    save_model(config, state, priors, other_target, overwrite=False)
     two = make_case(folder="two", endings=("-t1c", "-t2w"))
     broken = make_case(folder="broken", endings=("-t1n", "-t1c", "-t2w"))
     data = (broken / "x-t1c.nii.gz").read_bytes()
@@ -188,8 +229,18 @@ def test_mistakes_are_one_line_and_exit_code_2(make_case, make_image, model_file
         "x-t1c.nii.gz": ["--input", broken, "--missing", "t2f", "--model", model_file],
         "no such file": ["--input", complete, "--missing", "t2f", "--model", tmp_path / "gone"],
         "not a readable": ["--input", complete, "--missing", "t2f", "--model", __file__],
-        "'magic' is not a sampler": ["--input", complete, "--missing", "t2f", "--sampler", "magic"],
-        "expected 1 to 1000": ["--input", complete, "--missing", "t2f", "--steps", 1001],
+        "sampling.sampler: Input should be": [
+            "--input",
+            complete,
+            "--missing",
+            "t2f",
+            "--sampler",
+            "magic",
+        ],
+        "within 1..1000, got 1001": ["--input", complete, "--missing", "t2f", "--steps", 1001],
+        "is not a number of steps": ["--input", complete, "--missing", "t2f", "--steps", "ten"],
+        "'0' is not a number of steps": ["--input", complete, "--missing", "t2f", "--steps", 0],
+        "got 900": ["--input", complete, "--missing", "t2f", "--steps", "900,900"],
         "gone": ["--input", tmp_path / "gone", "--missing", "t2f"],
         "CUDA": ["--input", complete, "--missing", "t2f", "--device", "cuda:97"],
     }

@@ -62,3 +62,30 @@ def test_grid_the_levels_cannot_halve_is_refused():
 def test_groups_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ValueError, match="groups"):
         UNetConfig(channels=20, groups=8)
+
+
+def test_the_label_changes_the_output_as_the_time_does():
+    config = UNetConfig(channels=8, multipliers=(1, 2), res_blocks=1, groups=4, classes=4)
+    torch.manual_seed(0)
+    unet = UNet(config, 8)
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, t = torch.randn(1, 8, 4, 4, 4).expand(4, -1, -1, -1, -1), torch.full((4,), 7)
+    with torch.no_grad():
+        y = unet(x, t, torch.arange(4))
+        for a in range(4):
+            for b in range(a):
+                assert (y[a] - y[b]).abs().max() > 1e-3
+        # it is added to the embedding of the time
+        unet.time_embed[2].bias += unet.label_emb.weight[2]
+        unet.label_emb.weight.zero_()
+        assert_close(unet(x[:1], t[:1], torch.tensor([0])), y[2:3])
+
+
+def test_a_network_with_four_labels_has_four_more_vectors():
+    with torch.device("meta"):
+        plain, four = (UNet(UNetConfig(classes=classes), 32) for classes in (0, 4))
+    count = {unet: sum(p.numel() for p in unet.parameters()) for unet in (plain, four)}
+    assert count[four] == 81_512_072
+    assert count[four] - count[plain] == 4 * 256
+    assert set(four.state_dict()) - set(plain.state_dict()) == {"label_emb.weight"}

@@ -1,0 +1,187 @@
+"""`cwdm generate`: images from noise alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from . import options
+
+if TYPE_CHECKING:
+    import torch
+
+    from cwdm.generation import Generator
+    from cwdm.provenance import SampleProvenance
+    from cwdm.volume import Volume
+
+PICTURE = "samples.png"
+ROWS = 8
+"""Samples in the picture, at most."""
+
+
+def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    words = value.split(",")
+    if len(words) not in (1, 3) or not all(word.strip().isdecimal() for word in words):
+        raise click.BadParameter(f"{value!r} is not a size, expected 128 or X,Y,Z", ctx, param)
+    return tuple(int(word) for word in words) * (3 // len(words))
+
+
+@click.command()
+@click.option(
+    "--model",
+    default="small-brain",
+    show_default=True,
+    metavar="NAME|FILE",
+    help="One that ships, or a file: .safetensors, or a published checkpoint (.pt).",
+)
+@options.preset
+@click.option("--count", type=click.IntRange(min=1), default=1, show_default=True, help="How many.")
+@click.option(
+    "--start",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Number of the first one: splits a run.",
+)
+@click.option(
+    "--size", callback=_size, metavar="N|X,Y,Z", help="Voxels per axis. [default: the model's]"
+)
+@click.option("--target", help="Which sequence, for a model that makes several.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("generated"),
+    show_default=True,
+    help="Folder for the images.",
+)
+@options.steps
+@options.sampler
+@options.seed
+@options.device
+@options.precision
+@click.option(
+    "--compat",
+    type=click.Choice(["published"]),
+    help="Write what generation_sample.py of wdm-3d writes.",
+)
+@options.overwrite
+def generate(
+    model: str,
+    preset: str | None,
+    count: int,
+    start: int,
+    size: tuple[int, ...] | None,
+    target: str | None,
+    output: Path,
+    steps: int | tuple[int, ...] | None,
+    sampler: str | None,
+    seed: int,
+    device: str,
+    precision: str,
+    compat: str | None,
+    overwrite: bool,
+) -> None:
+    """Generate images of no patient, from noise alone.
+
+    Sample N of a seed is always the same image. Samples that are there already are not made again,
+    so that a run can be interrupted and split. Research use only.
+
+    \b
+    cwdm generate --count 4 --seed 1 --output generated/
+    """
+    from tqdm import tqdm
+
+    from cwdm.files import check_target
+    from cwdm.generation import Generator, is_done, sample_paths
+    from cwdm.modality import parse_modality
+    from cwdm.montage import check_picture
+
+    generator = Generator.load(model, preset=preset, device=device, precision=precision)  # type: ignore[arg-type]
+    wanted = {
+        "seed": seed,
+        "size": size,
+        "steps": steps,
+        "sampler": sampler,
+        "target": parse_modality(target) if target else None,
+        "compat": compat is not None,
+    }
+    plans = [generator.plan(number, **wanted) for number in range(start, start + count)]  # type: ignore[arg-type]
+    check_picture(output / PICTURE)  # fail before the work, not after
+    todo = [plan for plan in plans if overwrite or not is_done(plan, output)]
+    for plan in todo:
+        check_target(sample_paths(plan, output)[0], overwrite)
+    if done := len(plans) - len(todo):
+        click.echo(f"note: {done} of {count} samples are there already", err=True)
+    if todo:
+        click.echo(_memory(generator, todo[0].size), err=True)
+    warnings: dict[str, None] = {}
+    with tqdm(total=len(todo), unit="step", disable=not todo) as bar:
+        for index, plan in enumerate(todo):
+
+            def show(done: int, total: int, index: int = index) -> None:
+                bar.total = len(todo) * total
+                bar.update(index * total + done - bar.n)
+
+            bar.set_description(f"sample {index + 1} of {len(todo)}")
+            sample = generator(plan.number, **wanted, progress=show)  # type: ignore[arg-type]
+            tqdm.write(str(sample.write(output, overwrite=overwrite)))
+            warnings |= dict.fromkeys(sample.provenance.warnings)
+    for warning in warnings:
+        click.echo(f"note: {warning}", err=True)
+    _draw(plans[:ROWS], output)
+
+
+def _draw(plans: list[SampleProvenance], output: Path) -> None:
+    """One picture of the first samples."""
+    from cwdm.errors import InputError
+    from cwdm.generation import sample_paths
+    from cwdm.montage import sheet, write_png
+    from cwdm.volume import read_volume
+
+    def samples() -> Iterator[tuple[str, Volume]]:
+        for plan in plans:
+            with suppress(InputError):  # an empty one cannot be read, and would be black
+                yield f"sample {plan.number}", read_volume(sample_paths(plan, output)[0])
+
+    first, last = plans[0], plans[-1]
+    numbers = f"{first.number}" if first is last else f"{first.number} to {last.number}"
+    picture = sheet(
+        samples(),
+        heading=f"{first.model.name}, samples {numbers}",
+        notes=[
+            f"{first.target}, {first.steps} step(s) of {first.sampler}, seed {first.seed}; "
+            f"cwdm {first.cwdm}.",
+            "Generated from noise: no patient, not for diagnosis.",
+        ],
+    )
+    write_png(picture, output / PICTURE, overwrite=True)
+    click.echo(output / PICTURE)
+
+
+def _memory(generator: Generator, size: tuple[int, int, int]) -> str:
+    needed = generator.footprint(size)
+    where, there = _machine(generator.engine.device)
+    return (
+        f"memory: about {_gb(needed.total)} for {'x'.join(map(str, size))} "
+        f"(weights {_gb(needed.weights)}); {where} has {_gb(there)}"
+    )
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.{2 if size < 1e9 else 1 if size < 1e10 else 0}f} GB"
+
+
+def _machine(device: torch.device) -> tuple[str, int]:
+    """Where the network runs, and the bytes of memory there."""
+    if device.type == "cuda":
+        import torch
+
+        return "this GPU", torch.cuda.get_device_properties(device).total_memory
+    return "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,116 @@
+"""A model on a device: runs its chain from a start to an image.
+
+What synthesis and generation share. It knows tensors, not cases.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cwdm.config import Config, Sampling
+from cwdm.errors import InputError
+from cwdm.intensity import NORMALIZATIONS
+from cwdm.model import Model
+from cwdm.sampling import SAMPLERS, Draw, ddim
+
+__all__ = ["Engine", "Precision", "Progress", "choose_bf16", "choose_device"]
+
+Precision = Literal["auto", "fp32", "bf16"]
+Progress = Callable[[int, int], None]
+"""Called with (steps done, steps in all)."""
+
+
+class Engine:
+    """A model, loaded once, that runs chains."""
+
+    def __init__(self, model: Model, *, device: str = "auto", precision: Precision = "auto"):
+        self.model = model
+        self.device = choose_device(device)
+        self.bf16 = choose_bf16(precision, self.device)
+        self.denoiser = model.denoiser.to(self.device)
+        if self.bf16:
+            self.denoiser.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+
+    def settings(
+        self, sampler: str | None = None, steps: int | tuple[int, ...] | None = None
+    ) -> Sampling:
+        """How the model samples, with what the user wants otherwise.
+
+        Raises:
+            InputError: an unknown sampler, one that the process does not allow, or not so many
+                steps.
+        """
+        config = self.model.config
+        wanted = {"sampler": sampler, "steps": steps}
+        values = config.as_dict()
+        values["sampling"] |= {key: value for key, value in wanted.items() if value is not None}
+        return Config.parse(values, f"model {config.name}").sampling
+
+    @torch.inference_mode()
+    def run(
+        self,
+        settings: Sampling,
+        draw: Draw,
+        *,
+        cond: Tensor | None = None,
+        label: int | None = None,
+        told: int | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """One chain: an image (B, 1, X, Y, Z) in network units, within the model's range.
+
+        Args:
+            draw: N(0, 1) noise (B, channels, X', Y', Z') on this device, a new one at each call.
+            cond: coefficients of the conditioning images, if the model takes them.
+            label: number of the target, if the model has several.
+            told: tell the network this time instead of the true one.
+        """
+        config = self.model.config
+        normalization = NORMALIZATIONS[config.images.normalization]
+        low, high = normalization.low, normalization.high
+
+        def denoise(x_t: Tensor, t: int) -> Tensor:
+            times = torch.full((len(x_t),), t, device=x_t.device)
+            shown = times if told is None else torch.full_like(times, told)
+            labels = None if label is None else torch.full_like(times, label)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                output: Tensor = self.denoiser(x_t, shown, cond, labels)
+            estimate = self.denoiser.x_0(output.float(), x_t, times, cond)
+            return config.transform.clamp(estimate, low, high) if settings.clamp else estimate
+
+        times = config.process.timesteps(settings.steps, settings.spacing)
+        if settings.sampler == "one-step":
+            times = [times[0], 0]
+        chain = SAMPLERS[settings.sampler]
+        if settings.sampler == "ddim":
+            chain = partial(ddim, eta=settings.eta)
+        x = self.denoiser.start(draw(), cond)
+        for done, x_s in enumerate(chain(denoise, x, config.process, times, draw), start=1):
+            x = x_s
+            if progress:
+                progress(done, len(times) - 1)
+        return config.transform.decode(x).clamp(low, high)
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` takes a GPU if there is one; InputError if the device is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {name}: found {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def choose_bf16(precision: Precision, device: torch.device) -> bool:
+    """``auto`` takes bfloat16 where the hardware multiplies matrices in it."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # since torch 2.9; before, bfloat16 has to be asked for
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16", False))
