@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cwdm.case import Case, find_cases, read_case
     from cwdm.errors import InputError
+    from cwdm.generation import Generator
     from cwdm.modality import Modality
     from cwdm.synthesis import Synthesis, Synthesizer, synthesize
     from cwdm.volume import Volume, read_volume
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Case",
+    "Generator",
     "InputError",
     "Modality",
     "Synthesis",
@@ -36,6 +38,7 @@ __all__ = [
 
 _MODULE_OF = {
     "Case": "cwdm.case",
+    "Generator": "cwdm.generation",
     "InputError": "cwdm.errors",
     "Modality": "cwdm.modality",
     "Synthesis": "cwdm.synthesis",
