@@ -150,7 +150,7 @@ def _synthesizers(
         model = load_model(path)
         wanted = [target for target in model.config.targets if target in (targets or SEQUENCES)]
         if not wanted or any(target in given for target in wanted):
-            expected = "one model each" if wanted else ", ".join(targets)
+            expected = "one model each" if wanted else ", ".join(targets or SEQUENCES)
             raise InputError(
                 f"{path}: a model for {', '.join(model.config.targets)}, expected {expected}"
             )

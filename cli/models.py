@@ -77,7 +77,7 @@ def info(model: str, preset: str | None, as_json: bool) -> None:
     from cwdm.model import load_model, shipped_model
 
     path = Path(model)
-    if not path.suffix and not path.exists():
+    if not path.suffix and not path.is_file():
         path = shipped_model(model)
     loaded = load_model(path, preset=preset)
     if as_json:

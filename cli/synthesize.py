@@ -74,6 +74,7 @@ def synthesize(
 
     from cwdm.case import read_case
     from cwdm.errors import InputError
+    from cwdm.files import check_target
     from cwdm.modality import parse_modality
     from cwdm.synthesis import Synthesizer, output_paths
 
@@ -84,6 +85,10 @@ def synthesize(
     for target in dict.fromkeys(targets):
         acquired = case.without(*(other for other in targets if other != target))
         output_paths(case, target, output, overwrite=overwrite)  # fail before the work, not after
+        if preview and compat and target in acquired.images:
+            raise InputError("--preview: the image of sample.py lies on no case, drop --compat")
+        if preview:
+            check_target(output / f"{case.id}-{target}.png", overwrite)
         synthesizer = Synthesizer.load(
             target,
             model,

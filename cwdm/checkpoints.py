@@ -15,9 +15,10 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from cwdm.config import Config
+from cwdm.config import Config, in_words
 from cwdm.diffusion import Diffusion
 from cwdm.errors import InputError
 from cwdm.intensity import ScalePrior
@@ -32,8 +33,6 @@ _log = logging.getLogger(__name__)
 _PREFIXES = ("module.", "_orig_mod.")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _LEVELS_AT_256 = 6
-_FEWEST_DIRECT = 20
-"""Steps below which the linear schedule of Ho et al., scaled by 1000 / T, ends above 1."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -173,11 +172,17 @@ def identify(
             raise InputError(
                 f"{path}: {how} a model for {asked}, found one for {', '.join(config.targets)}"
             )
+    if type(network) is type(config.network):  # what no tensor tells
+        unseen = {"heads", "dropout", "resample_x"} & {field.name for field in fields(network)}
+        network = replace(network, **{key: getattr(config.network, key) for key in unseen})
     if different := _differences(network, config.network):
         if preset:
             raise InputError(f"{path}: not the network of preset {name}: {different}")
         _log.warning("%s: not the network of %s: %s", path, name, different)
-    return replace(config, name=path.stem, network=network, **_schedule(config, path))
+    try:
+        return replace(config, name=path.stem, network=network, **_schedule(config, path))
+    except ValidationError as error:
+        raise InputError(f"{path}: {in_words(error)}") from error
 
 
 def _check_copies(weights: Mapping[str, Tensor], network: WavUNetConfig, path: Path) -> None:
@@ -264,11 +269,6 @@ def _schedule(config: Config, path: Path) -> dict[str, Any]:
     if match is None:
         return {}
     steps = int(match[2])
-    if match[1] == "direct" and steps < _FEWEST_DIRECT:
-        raise InputError(
-            f"{path}: by its name trained on {steps} direct steps, expected {_FEWEST_DIRECT} or "
-            "more: beta would exceed 1"
-        )
     return {
         "process": Diffusion(steps=steps, subset_of=1000 if match[1] == "sampled" else None),
         "sampling": replace(config.sampling, steps=steps),

@@ -18,7 +18,7 @@ from cwdm.errors import InputError
 from cwdm.flow import Flow
 from cwdm.intensity import NORMALIZATIONS, Scale
 from cwdm.modality import Modality
-from cwdm.preparation import Box, Frame, Prepared
+from cwdm.preparation import FLIPS, Box, Frame, Prepared
 from cwdm.process import Process
 from cwdm.sampling import Draw
 from cwdm.volume import Volume, as_float, new_volume
@@ -26,7 +26,7 @@ from cwdm.volume import Volume, as_float, new_volume
 __all__ = ["check", "complete", "network_time", "noise_stream", "prepare", "sample"]
 
 _GRID = (240, 240, 155)
-_FRAME = Frame(Box((8, 8, 0), (224, 224, 160)), (224, 224, 160), flipped=True)
+_FRAME = Frame(Box((8, 8, 0), (224, 224, 160)), (224, 224, 160), FLIPS["LPS"])
 _THRESHOLD = 0.04
 
 

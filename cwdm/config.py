@@ -25,9 +25,11 @@ from cwdm.sampling import SamplerName
 from cwdm.unet import UNetConfig
 from cwdm.wavunet import WavUNetConfig
 
-__all__ = ["Augmentation", "Config", "Images", "Sampling", "Training"]
+__all__ = ["Augmentation", "Config", "Images", "Orientation", "Sampling", "Training", "in_words"]
 
 _CLOSED = ConfigDict(extra="forbid")
+
+Orientation = Literal["RAS", "LPS", "LAS"]
 
 
 def _kind(default: str) -> Discriminator:
@@ -56,8 +58,9 @@ class Images:
     normalization: NormalizationName = "robust"
     spacing_mm: float = 1.0
     """Voxel size of the images."""
-    orientation: Literal["RAS", "LPS"] = "RAS"
-    """Which way the axes point. BraTS files are LPS, and so are the published models."""
+    orientation: Orientation = "RAS"
+    """Which way the axes point. BraTS files and the models published for them are LPS, those for
+    LIDC-IDRI are LAS."""
     size: tuple[int, int, int] | None = None
     """Voxels of every image; just the brain's own box if absent."""
     centre: Literal["brain", "grid"] = "brain"
@@ -165,6 +168,11 @@ class Config:
         elif self.prediction == "velocity":
             raise ValueError("a velocity belongs to a flow, expected prediction = 'x_0'")
         self.process.timesteps(self.sampling.steps, self.sampling.spacing)
+        if self.training.cases_per_block > 1 and not (self.training.patch or self.images.size):
+            raise ValueError(
+                "training.cases_per_block above 1 needs training.patch or images.size: brains "
+                "differ in size"
+            )
         self.process.timesteps(self.training.timesteps)
         sizes = {"images.size": self.images.size, "training.patch": self.training.patch}
         for key, size in sizes.items():
@@ -203,7 +211,7 @@ class Config:
         try:
             return _CONFIG.validate_python(values)
         except ValidationError as error:
-            raise InputError(f"{source}: {_in_words(error)}") from None
+            raise InputError(f"{source}: {in_words(error)}") from None
 
     @classmethod
     def read(cls, name_or_path: str | Path) -> "Config":
@@ -214,10 +222,10 @@ class Config:
         """
         path = Path(name_or_path)
         preset = resources.files("cwdm.configs") / f"{name_or_path}.toml"
-        if path.suffix == ".toml" or path.exists():
-            source: Path | Traversable = path
-        elif preset.is_file():
-            source = preset
+        if path.suffix != ".toml" and preset.is_file():
+            source: Path | Traversable = preset
+        elif path.suffix == ".toml" or path.is_file():
+            source = path
         else:
             raise InputError(
                 f"{name_or_path}: no such file or preset, expected one of {', '.join(presets())}"
@@ -236,7 +244,7 @@ _CONFIG = TypeAdapter(Config)
 _TAGS = {"unet", "wavunet", "diffusion", "flow", "int"}  # members of unions, not keys
 
 
-def _in_words(error: ValidationError) -> str:
+def in_words(error: ValidationError) -> str:
     """The first problem of several, on one line, with the key as it stands in the file."""
     problem = error.errors()[0]
     parts = [str(part) for part in problem["loc"]]

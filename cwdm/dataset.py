@@ -108,8 +108,7 @@ class TrainingBlocks(Dataset[Tensor]):
         rng = np.random.default_rng([training.seed, block])
         patches = []
         for _ in range(training.cases_per_block):
-            subject, frame = self.subjects[rng.integers(len(self.subjects))]
-            images, mask = self._augmented(subject, frame, rng)
+            images, mask = self._augmented(int(rng.integers(len(self.subjects))), rng)
             for _ in range(training.patches_per_case):
                 patches.append(
                     _cut(images, mask, training.patch, rng, self.normalization.background)
@@ -117,10 +116,13 @@ class TrainingBlocks(Dataset[Tensor]):
         order = rng.permutation(len(patches))
         return torch.stack([patches[i] for i in order])
 
-    def _augmented(
-        self, subject: tio.Subject, frame: Frame, rng: np.random.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Normalized images (M, X, Y, Z) and the brain mask (X, Y, Z) of a changed subject."""
+    def _augmented(self, number: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Normalized images (M, X, Y, Z) and the brain mask (X, Y, Z) of a subject, changed.
+
+        What keeps its units keeps the scale measured in its whole volume, as in synthesis.
+        """
+        (subject, frame), scales = self.subjects[number], self.scales[number]
+        settings = self.config.training.augmentation
         with torch.random.fork_rng(devices=[]):  # TorchIO draws from torch's global generator
             torch.manual_seed(int(rng.integers(2**63)))
             changed = self.transform(subject)
@@ -129,9 +131,11 @@ class TrainingBlocks(Dataset[Tensor]):
         images = []
         for modality in self.config.modalities:
             voxels = changed_images[modality.value].data[0].numpy()
-            scale = self.normalization.measure(voxels, mask)
+            scale = scales[modality]
             if modality in self.conditions:
-                error = rng.normal(size=2) * 0.3 * self.config.training.augmentation.contrast
+                if settings.bias_field or settings.contrast:
+                    scale = self.normalization.measure(voxels, mask)
+                error = rng.normal(size=2) * 0.3 * settings.contrast
                 scale = Scale(
                     scale.offset + error[0] * scale.scale, scale.scale * float(np.exp(error[1]))
                 )

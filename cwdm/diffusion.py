@@ -16,6 +16,9 @@ from cwdm.process import Process
 
 __all__ = ["Diffusion"]
 
+_FEWEST_LINEAR = 20
+"""Steps below which the linear schedule, its ends scaled by 1000 / T, ends above 1."""
+
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Diffusion(Process):
@@ -35,6 +38,11 @@ class Diffusion(Process):
     def __post_init__(self) -> None:
         if self.subset_of is not None and self.subset_of < self.steps:
             raise ValueError(f"subset_of = {self.subset_of} is fewer than steps = {self.steps}")
+        if self.schedule == "linear" and (self.subset_of or self.steps) < _FEWEST_LINEAR:
+            raise ValueError(
+                f"a linear schedule needs {_FEWEST_LINEAR} steps or more, beta would exceed 1; "
+                "expected subset_of or schedule = 'continuous'"
+            )
 
     @cached_property
     def alpha_bar(self) -> Tensor:

@@ -25,6 +25,7 @@ from cwdm.memory import Footprint, footprint
 from cwdm.modality import Modality
 from cwdm.model import Model, build_denoiser, load_model, shipped_model
 from cwdm.noise import noise_stream
+from cwdm.preparation import FLIPS
 from cwdm.provenance import SampleProvenance, Source
 from cwdm.volume import Volume, is_synthetic, new_volume, write_volume
 
@@ -33,7 +34,7 @@ __all__ = ["DEFAULT_MODEL", "Generator", "Sample", "foreground", "is_done", "sam
 DEFAULT_MODEL = "small-brain"
 
 _THRESHOLD = 0.04
-"""Share of the range up to which a voxel is background, as published for cWDM (its sample.py)."""
+"""Share of the range up to which a voxel is background, as published (cWDM, sample_auto.py)."""
 _CLOSING = 1
 """Voxels by which the foreground grows and shrinks again, so that cracks close. With more, specks
 around the brain become part of it."""
@@ -253,8 +254,7 @@ class Generator:
     def _volume(self, image: NDArray[np.float32], scale: Scale) -> Volume:
         """A network image (X, Y, Z) in scanner units, on a grid in the middle of the world."""
         images, normalization = self.model.config.images, self.normalization
-        if images.orientation == "LPS":
-            image = image[::-1, ::-1]
+        image = np.flip(image, FLIPS[images.orientation])
         affine = np.diag([*(images.spacing_mm,) * 3, 1.0])
         affine[:3, 3] = -images.spacing_mm * (np.array(image.shape) - 1) / 2
         if not normalization.masked:  # CT: air has its value, like all else; HU are whole numbers

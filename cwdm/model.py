@@ -102,6 +102,8 @@ def load_model(path: Path, target: Modality | None = None, *, preset: str | None
             checkpoint that ``checkpoints`` refuses.
     """
     path = Path(path)
+    if preset is not None and path.suffix not in CHECKPOINT_SUFFIXES:
+        raise InputError(f"{path}: tells what it is, expected no --preset")
     if path.suffix in CHECKPOINT_SUFFIXES:
         weights = read_weights(path)
         config = identify(weights, path, preset=preset, target=target)

@@ -14,14 +14,17 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cwdm.config import Images
+from cwdm.config import Images, Orientation
 from cwdm.intensity import NORMALIZATIONS, Normalization, Scale
 from cwdm.modality import Modality
 from cwdm.volume import Volume, brain_mask
 
-__all__ = ["Box", "Frame", "Prepared", "inside", "prepare"]
+__all__ = ["FLIPS", "Box", "Frame", "Prepared", "inside", "prepare"]
 
 Voxel = TypeVar("Voxel", bound=np.generic)
+
+FLIPS: dict[Orientation, tuple[int, ...]] = {"RAS": (), "LPS": (0, 1), "LAS": (0,)}
+"""Axes to turn round between canonical (RAS) and the orientation of a network."""
 
 _SAME_SPACING = 0.1
 """Voxels within 10 % of the model's size are taken as they are: brains differ by more."""
@@ -86,8 +89,8 @@ class Frame:
     box: Box
     size: tuple[int, ...]
     """(X', Y', Z') of the network image."""
-    flipped: bool = False
-    """The network sees the first two axes the other way round (LPS)."""
+    flips: tuple[int, ...] = ()
+    """Axes the network sees the other way round, see ``FLIPS``."""
 
     @classmethod
     def of(
@@ -116,17 +119,17 @@ class Frame:
                 for n, z in zip(box.size, zoom, strict=True)
             )
             size = (x, y, z)
-        return cls(box, size, settings.orientation == "LPS")
+        return cls(box, size, FLIPS[settings.orientation])
 
     def to_network(self, voxels: NDArray[np.generic]) -> Tensor:
         """What is in the box -> network image (X', Y', Z') float32."""
         image = _resize(torch.from_numpy(voxels.astype(np.float32)), self.size)
-        return image.flip(0, 1) if self.flipped else image
+        return image.flip(self.flips)
 
     def from_network(self, image: Tensor) -> NDArray[np.float32]:
         """Network image -> what goes into the box; inverse of ``to_network``."""
         image = image.detach().float().cpu()
-        image = _resize(image.flip(0, 1) if self.flipped else image, self.box.size)
+        image = _resize(image.flip(self.flips), self.box.size)
         return image.numpy()
 
 
@@ -144,7 +147,8 @@ class Prepared:
     def restore(self, image: Tensor, scale: Scale) -> NDArray[np.float32]:
         """A network image (X', Y', Z') -> (X, Y, Z) in scanner units, exactly 0 off the brain."""
         whole = self.frame.box.uncrop(self.frame.from_network(image), self.mask.shape)
-        restored = Normalization.denormalize(whole, self.mask, scale)
+        seen = self.frame.box.uncrop(np.ones(self.frame.box.size, dtype=bool), self.mask.shape)
+        restored = Normalization.denormalize(whole, self.mask & seen, scale)
         return restored.astype(np.float32)
 
 

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from cwdm.case import Case
+from cwdm.checkpoints import read_weights
 from cwdm.conditioning import condition
 from cwdm.config import Config, Training
 from cwdm.dataset import TrainingBlocks
@@ -26,7 +27,7 @@ from cwdm.files import atomic_write
 from cwdm.intensity import NORMALIZATIONS, ScalePrior
 from cwdm.losses import band_loss, structure_loss
 from cwdm.modality import Modality, others
-from cwdm.model import build_denoiser, load_model, save_model, to_bytes
+from cwdm.model import CHECKPOINT_SUFFIXES, build_denoiser, load_model, save_model, to_bytes
 
 __all__ = ["TrainStep", "train"]
 
@@ -105,7 +106,7 @@ def train(
         target_image = by_modality.pop(target)
         x_0 = config.transform.encode(target_image)
         cond = None
-        if by_modality:
+        if config.conditioning == "others":
             _drop(by_modality, target, settings.drop_conditions, generator)
             cond = condition(by_modality, target, config.transform)
         t = _draw_times(len(images), times, settings, generator).to(device)
@@ -124,20 +125,24 @@ def train(
         optimizer.step()
         average.update_parameters(denoiser)
         if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.iterations:
-            _save(checkpoint, config, denoiser, average, optimizer, step + 1)
             averaged = average.module.get_submodule("backbone").state_dict()
             half = {name: tensor.half() for name, tensor in averaged.items()}
             save_model(config, half, priors, run_dir / MODEL, overwrite=True)
+            _save(checkpoint, config, denoiser, average, optimizer, step + 1)  # last: it is done
         seconds = time.perf_counter() - start_of_step
         yield TrainStep(step + 1, loss.item(), losses.detach(), seconds)
 
 
 def _start_from(path: Path, config: Config, denoiser: nn.Module) -> None:
     """Take over the weights of a model of the same network, whatever its target."""
-    model = load_model(path)
-    if model.config.network != config.network:
-        raise InputError(f"{path}: has another network than {config.name}, expected the same")
-    denoiser.load_state_dict(model.denoiser.state_dict())
+    foreign = path.suffix in CHECKPOINT_SUFFIXES
+    weights = read_weights(path) if foreign else load_model(path).denoiser.backbone.state_dict()
+    try:
+        denoiser.get_submodule("backbone").load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(
+            f"{path}: has another network than {config.name}, expected the same"
+        ) from error
 
 
 def _batches(
@@ -236,7 +241,9 @@ def _restore(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a readable checkpoint: {error}") from error
-    saved = json.loads(metadata["config"])
+    if not metadata or not {"config", "step"} <= metadata.keys():
+        raise InputError(f"{path}: not a checkpoint of cwdm train")
+    saved = Config.parse(json.loads(metadata["config"]), str(path)).as_dict()
     if saved != config.as_dict():
         differing = [key for key, value in config.as_dict().items() if saved.get(key) != value]
         raise InputError(f"{path}: of a run with other settings ({', '.join(differing)})")

@@ -112,7 +112,7 @@ def test_timesteps_fall_from_T_to_zero():
 @given(st.integers(1, 200), st.lists(st.integers(1, 8), min_size=1, max_size=6))
 def test_sections_share_the_times_equally(steps, counts):
     sizes = [len(part) for part in np.array_split(np.arange(steps), len(counts))]
-    process = Diffusion(steps=steps)
+    process = Diffusion(steps=steps, subset_of=1000)
     if any(count > size for count, size in zip(counts, sizes, strict=True)):
         with pytest.raises(ValueError, match="steps must lie within"):
             process.timesteps(counts)

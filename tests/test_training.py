@@ -16,8 +16,10 @@ from cwdm.errors import InputError
 from cwdm.flow import Flow
 from cwdm.modality import SEQUENCES, Modality
 from cwdm.model import build_denoiser, load_model
+from cwdm.preparation import prepare
 from cwdm.train import _draw_target, train
 from cwdm.unet import UNetConfig
+from cwdm.volume import read_volumes
 from cwdm.wavunet import WavUNetConfig
 
 EVERYTHING = Augmentation(flip=True, affine=1.0, bias_field=1.0, contrast=1.0)
@@ -279,3 +281,23 @@ def test_training_sees_the_orientation_and_the_size_of_the_settings(make_case):
     assert seen.shape == (1, 4, 16, 12, 8)
     assert_close(seen[:, :, 4:12, 2:10], images.flip(2, 3), rtol=0, atol=0)
     assert seen[:, :, :4].abs().max() == 0
+
+
+def test_training_sees_what_synthesis_sees(make_case):
+    """The published quantiles depend on the background: they are those of the whole volume."""
+    voxels = np.zeros((48, 40, 24), dtype=np.float32)
+    voxels[16:32, 12:28, 8:16] = np.random.default_rng(0).uniform(50, 150, (16, 16, 8))
+    (case,) = find_cases(make_case(folder="data", voxels=voxels))
+    for settings in (
+        Images(normalization="published"),
+        Images(normalization="published-wdm", size=(64, 64, 64), orientation="LPS"),
+    ):
+        config = plain(images=settings)
+        expected = prepare(read_volumes(case, SEQUENCES), settings, multiple=config.multiple)
+        images = TrainingBlocks([case], config)[0][0]
+        assert_close(images, torch.stack(list(expected.images.values())), rtol=0, atol=1e-6)
+
+
+def test_an_unconditional_model_of_all_targets_is_trained(cases, tmp_path):
+    network = UNetConfig(channels=8, multipliers=(1, 1), res_blocks=1, groups=4, classes=4)
+    two_steps(plain(target="any", conditioning="none", network=network), cases, tmp_path / "run")
