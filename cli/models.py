@@ -74,12 +74,9 @@ def list_() -> None:
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def info(model: str, preset: str | None, as_json: bool) -> None:
     """Say what is in a model that ships or in a file: .safetensors, or a published .pt."""
-    from cwdm.model import load_model, shipped_model
+    from cwdm.model import find_model, load_model
 
-    path = Path(model)
-    if not path.suffix and not path.is_file():
-        path = shipped_model(model)
-    loaded = load_model(path, preset=preset)
+    loaded = load_model(find_model(model), preset=preset)
     if as_json:
         click.echo(json.dumps(_record(loaded), indent=2))
         return

@@ -23,7 +23,7 @@ from cwdm.files import check_target
 from cwdm.intensity import NORMALIZATIONS, Normalization, Scale
 from cwdm.memory import Footprint, footprint
 from cwdm.modality import Modality
-from cwdm.model import Model, build_denoiser, load_model, shipped_model
+from cwdm.model import Model, build_denoiser, find_model, load_model
 from cwdm.noise import noise_stream
 from cwdm.preparation import FLIPS
 from cwdm.provenance import SampleProvenance, Source
@@ -113,9 +113,7 @@ class Generator:
         Raises:
             InputError: no such model, or one with conditions; no such device.
         """
-        path = Path(model or DEFAULT_MODEL)
-        if not path.suffix and not path.is_file():
-            path = shipped_model(str(path))
+        path = find_model(model or DEFAULT_MODEL)
         return cls(load_model(path, preset=preset), device=device, precision=precision)
 
     def plan(

@@ -2,8 +2,9 @@
 
 MRI has no unit: the same tissue differs thirtyfold between scans. A normalization measures an
 offset and a scale in one image; the image becomes ``(voxels - offset) / scale``, clipped to the
-range the normalization declares, and 0 outside the brain. The range of a modality that was never
-acquired is unknown and is predicted from the case's other modalities (``ScalePrior``).
+range the normalization declares, and its background outside the brain. The range of a modality
+that was never acquired is unknown and is predicted from the case's other modalities
+(``ScalePrior``).
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -28,9 +28,9 @@ __all__ = [
     "Model",
     "build_denoiser",
     "default_model",
+    "find_model",
     "load_model",
     "save_model",
-    "shipped_model",
     "to_bytes",
 ]
 
@@ -163,12 +163,15 @@ def default_model(target: Modality) -> Path:
     return path
 
 
-def shipped_model(name: str) -> Path:
-    """The model of that name that ships with cwdm.
+def find_model(name_or_path: str | Path) -> Path:
+    """A file, or the model of that name that ships with cwdm.
 
     Raises:
-        InputError: there is none, or the installation lacks it.
+        InputError: neither, or the installation lacks it.
     """
+    path, name = Path(name_or_path), str(name_or_path)
+    if path.suffix or path.is_file():
+        return path
     folder = Path(str(resources.files("cwdm") / "weights"))
     path = folder / f"{name}.safetensors"
     if not path.is_file():

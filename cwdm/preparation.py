@@ -32,7 +32,7 @@ _SAME_SPACING = 0.1
 
 @dataclass(frozen=True)
 class Box:
-    """A block of a grid. ``start`` may be negative and the block may end outside: zeros there."""
+    """A block of a grid. ``start`` may be negative and the block may end outside of it."""
 
     start: tuple[int, int, int]
     size: tuple[int, int, int]

@@ -20,8 +20,22 @@ class Source:
     sha256: str
 
 
+@dataclass(frozen=True)
+class Record:
+    """What can be written beside an image."""
+
+    def as_json(self) -> str:
+        """The record as it is written."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    def write(self, path: Path, *, overwrite: bool = False) -> None:
+        """As JSON; InputError as ``atomic_write``."""
+        with atomic_write(path, overwrite) as temporary:
+            temporary.write_text(self.as_json(), encoding="utf-8")
+
+
 @dataclass(frozen=True, kw_only=True)
-class Provenance:
+class Provenance(Record):
     """Everything needed to reproduce a synthetic image, and what to know before using it."""
 
     cwdm: str
@@ -60,11 +74,6 @@ class Provenance:
         """For the 80 bytes of the NIfTI header."""
         return f"cwdm {self.cwdm} SYNTHETIC {self.target}, not acquired; research use only"
 
-    def write(self, path: Path, *, overwrite: bool = False) -> None:
-        """As JSON; InputError as ``atomic_write``."""
-        with atomic_write(path, overwrite) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-
 
 def warnings_for(target: Modality, absent: tuple[Modality, ...]) -> tuple[str, ...]:
     """What whoever looks at this image has to know."""
@@ -87,7 +96,7 @@ MEMORISATION = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleProvenance:
+class SampleProvenance(Record):
     """The same for an image that was generated from nothing but noise."""
 
     cwdm: str
@@ -125,12 +134,3 @@ class SampleProvenance:
     def description(self) -> str:
         """For the 80 bytes of the NIfTI header."""
         return f"cwdm {self.cwdm} SYNTHETIC {self.target}, of no patient; research use only"
-
-    def as_json(self) -> str:
-        """The record as it is written."""
-        return json.dumps(asdict(self), indent=2) + "\n"
-
-    def write(self, path: Path, *, overwrite: bool = False) -> None:
-        """As JSON; InputError as ``atomic_write``."""
-        with atomic_write(path, overwrite) as temporary:
-            temporary.write_text(self.as_json(), encoding="utf-8")

@@ -226,3 +226,9 @@ def test_an_unknown_preset_lists_those_there_are():
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(InputError, match=r"gone\.toml"):
         Config.read(tmp_path / "gone.toml")
+
+
+def test_a_folder_of_the_same_name_does_not_hide_a_preset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wfm").mkdir()
+    assert Config.read("wfm").name == "wfm"

@@ -261,3 +261,9 @@ def test_conditions_stand_in_the_published_order():
         cond = condition(images, target, HAAR)
         order = [round(float(v) * 3 / 8**0.5) for v in cond[0, ::8].flatten()]
         assert order == [i for i, m in enumerate(SEQUENCES) if m != target]
+
+
+def test_a_linear_schedule_too_short_for_its_ends_is_refused():
+    assert float(Diffusion(steps=20).alpha_bar[-1]) == 0  # the last beta is one
+    with pytest.raises(ValueError, match="beta would exceed 1"):
+        Diffusion(steps=19)

@@ -27,7 +27,7 @@ from cwdm.files import sha256
 from cwdm.generation import Generator, Sample, foreground, is_done, sample_paths
 from cwdm.intensity import NORMALIZATIONS, ScalePrior
 from cwdm.modality import SEQUENCES, Modality
-from cwdm.model import Model, build_denoiser, load_model, save_model, shipped_model
+from cwdm.model import Model, build_denoiser, find_model, load_model, save_model
 from cwdm.provenance import SampleProvenance
 from cwdm.unet import UNet, UNetConfig
 from cwdm.volume import is_synthetic, read_volume
@@ -339,7 +339,7 @@ def test_models_that_generate_nothing(
 
 
 def test_names_of_models(tmp_path: Path) -> None:
-    assert shipped_model("small-t1n").is_file()
+    assert find_model("small-t1n").is_file()
     result = run("--model", "smal-brain", "--output", tmp_path)
     assert result.exit_code == 2
     assert "smal-brain: no such model, expected a file or one of " in result.stderr

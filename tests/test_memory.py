@@ -45,7 +45,7 @@ def test_a_chain_takes_what_is_alive_at_once() -> None:
     ids=["cwdm at 64x64x64", "cwdm at 224x224x160", "wdm at 128x128x128"],
 )
 def test_published_networks(config: UNetConfig, shape: tuple[int, ...], gib: float) -> None:
-    """What they need at the least; our blocks keep up to two more tensors at their peak."""
+    """What they need at the least, and no more than a tenth above it."""
     found = footprint(lambda: UNet(config, shape[1]), shape)
     assert 1 <= found.network / 2**30 / gib < 1.1
 

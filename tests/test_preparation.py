@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from cwdm.case import read_case
 from cwdm.config import Images
 from cwdm.modality import Modality
-from cwdm.preparation import Box, Frame, prepare
+from cwdm.preparation import FLIPS, Box, Frame, prepare
 from cwdm.volume import Volume, read_volumes
 
 sides = st.integers(3, 12)
@@ -228,3 +228,21 @@ def test_wdm_sees_a_case_as_published(size, golden, shared):
     np.testing.assert_allclose(sums, numbers[f"t1n_{size}_renorm_stats"][:4], rtol=1e-6)
     sub = numbers[f"t1n_{size}_renorm_sub"]
     np.testing.assert_allclose(image[::6, ::6, ::5][: len(sub)], sub, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("orientation", sorted(FLIPS))
+def test_axes_are_turned_as_nibabel_turns_them(orientation):
+    axes, signs = nib.orientations.axcodes2ornt(orientation).astype(int).T
+    assert axes.tolist() == [0, 1, 2]
+    assert FLIPS[orientation] == tuple(np.flatnonzero(signs < 0))
+
+
+def test_brain_outside_of_the_frame_is_unknown_and_stays_zero():
+    voxels, mask = smooth_brain((24, 24, 24))
+    settings = Images(normalization="published-wdm", size=(8, 8, 8))
+    prepared = prepare({Modality.T1N: volume(voxels)}, settings, multiple=4)
+    restored = prepared.restore(prepared.images[Modality.T1N], prepared.scales[Modality.T1N])
+    inside = np.zeros_like(mask)
+    inside[8:16, 8:16, 8:16] = True
+    assert (restored[inside] > 0).all()
+    assert (restored[~inside] == 0).all()

@@ -301,3 +301,19 @@ def test_training_sees_what_synthesis_sees(make_case):
 def test_an_unconditional_model_of_all_targets_is_trained(cases, tmp_path):
     network = UNetConfig(channels=8, multipliers=(1, 1), res_blocks=1, groups=4, classes=4)
     two_steps(plain(target="any", conditioning="none", network=network), cases, tmp_path / "run")
+
+
+def test_a_run_starts_from_a_published_checkpoint_of_its_network_only(cases, tmp_path):
+    config = plain()
+    torch.manual_seed(1)
+    weights = build_denoiser(config).backbone.state_dict()
+    path = tmp_path / "brats_1200000.pt"
+    torch.save(weights, path)
+    frozen = replace(config, training=replace(config.training, iterations=1, learning_rate=0.0))
+    list(train(frozen, cases, tmp_path / "run", device=CPU, init=path))
+    started = load_model(tmp_path / "run/model.safetensors").denoiser.backbone.state_dict()
+    for name, value in weights.items():
+        assert_close(started[name], value.half().float(), rtol=0, atol=0)
+    wider = plain(network=UNetConfig(channels=16, multipliers=(1, 1), res_blocks=1, groups=4))
+    with pytest.raises(InputError, match="another network"):
+        next(train(wider, cases, tmp_path / "other", device=CPU, init=path))
