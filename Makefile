@@ -68,5 +68,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) install --quiet --constraint constraints.txt --upgrade pip setuptools && \
 	$(PIP) install --quiet --constraint constraints.txt $$index torch
 	@$(PIP) install --quiet --constraint constraints.txt --no-build-isolation \
-	    --editable '.[simulate,evaluate,dev]'
+	    --editable '.[simulate,evaluate,train,dev]'
 	@touch $@

@@ -20,14 +20,22 @@ from cwdm.errors import InputError
 COMMANDS = {
     "synthesize": (".synthesize:synthesize", "Synthesize the missing modality of a case."),
     "generate": (".generate:generate", "Generate images of no patient, from noise alone."),
-    "train": (".train:train", "Train a model on a folder of cases."),
+    "prepare": (".prepare:prepare", "Check cases and pack them for training."),
+    "train": (".train:train", "Train a model on cases of your own."),
+    "doctor": (".doctor:doctor", "Say in words what is wrong with a training run."),
     "simulate": (".simulate:simulate", "Write simulated cases with known truth."),
     "evaluate": (".evaluate:evaluate", "Compare a model with simpler predictions."),
     "models": (".models:models", "List, inspect, convert and download models."),
 }
 """Name -> where it is, what it does."""
 
-EXTRAS = {"nilearn": "simulate", "sklearn": "evaluate", "huggingface_hub": "hub"}
+EXTRAS = {
+    "nilearn": "simulate",
+    "sklearn": "evaluate",
+    "huggingface_hub": "hub",
+    "accelerate": "train",
+    "tensorboard": "train",
+}
 """Module that is not always installed -> the extra that brings it."""
 
 WRONG_INPUT, UNEXPECTED, INTERRUPTED = 2, 1, 130  # exit codes

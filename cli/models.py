@@ -169,6 +169,7 @@ def _makes(config: Config) -> str:
     what = "any sequence" if config.target == "any" else str(config.target)
     given = {
         "others": "the other sequences",
+        "any": "whatever sequences there are",
         "none": "noise",
         "inpainting": "itself around a hole",
     }[config.conditioning]

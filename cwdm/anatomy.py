@@ -1,6 +1,6 @@
 """Where in a brain which tissue is: the maps to simulate from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cwdm.errors import InputError
+from cwdm.preparation import Box
 from cwdm.relaxation import Tissue
 from cwdm.volume import read_volume
 
@@ -40,7 +41,7 @@ RIM_MM = 1.5
 
 @dataclass(frozen=True, eq=False)
 class Anatomy:
-    """Tissue maps of one brain."""
+    """Tissue maps of one brain, with nothing around it."""
 
     fractions: Tensor
     """(4, X, Y, Z) float32, tissues in the order of CHANNELS: sum 1 in the brain, 0 outside."""
@@ -60,15 +61,18 @@ class Anatomy:
         index = torch.stack(ends).double().mean((1, 2)).cpu().numpy()
         return tuple(self.affine[:3, :3] @ index + self.affine[:3, 3])
 
+    def to(self, device: torch.device) -> "Anatomy":
+        """The same on a device."""
+        return replace(self, fractions=self.fractions.to(device))
+
     def sample(self, points: Tensor) -> Tensor:
-        """Fractions (4, X, Y, Z) at points (X, Y, Z, 3) in mm, interpolated linearly."""
-        to_index = torch.from_numpy(np.linalg.inv(self.affine)).to(points)
-        size = torch.tensor(self.fractions.shape[1:]).to(points)
-        scale = 2 / (size - 1)  # voxel index -> grid_sample's [-1, 1]
-        matrix, origin = to_index[:3, :3] * scale[:, None], to_index[:3, 3] * scale - 1
-        where = (points @ matrix.T + origin).flip(-1)
-        fractions = self.fractions.to(points)[None]
-        return functional.grid_sample(fractions, where[None], align_corners=True)[0]
+        """Fractions (4, X, Y, Z) at points (3, X, Y, Z) in mm, interpolated linearly."""
+        to_index = np.linalg.inv(self.affine)[:3]
+        to_index *= 2 / (np.array([self.fractions.shape[1:]]).T - 1)  # to grid_sample's [-1, 1] ...
+        matrix = torch.from_numpy(to_index[::-1].copy()).to(points)  # ... and order, z first
+        where = torch.addmm(matrix[:, 3:] - 1, matrix[:, :3], points.flatten(1))
+        where = where.view(points.shape).movedim(0, -1)[None]
+        return functional.grid_sample(self.fractions[None], where, align_corners=True)[0]
 
 
 def mni152() -> Anatomy:
@@ -114,6 +118,12 @@ def from_labels(path: Path) -> Anatomy:
             "(2, 41 white matter; 3, 42 cortex; ...)"
         )
     spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
+    tight = Box.around(labels != 0, 1)
+    margin = [2 + int((SULCUS_MM + RIM_MM) / mm) for mm in spacing]  # farther than the mask reaches
+    x, y, z = (first - m for first, m in zip(tight.start, margin, strict=True))
+    a, b, c = (n + 2 * m for n, m in zip(tight.size, margin, strict=True))
+    box = Box((x, y, z), (a, b, c))
+    labels = box.crop(labels)
     solid = _largest(~np.isin(labels, (0, *FREESURFER[Tissue.CSF])))
     near = ndimage.distance_transform_edt(~solid, spacing) < SULCUS_MM + RIM_MM
     mask = ndimage.distance_transform_edt(near, spacing) > SULCUS_MM
@@ -124,7 +134,7 @@ def from_labels(path: Path) -> Anatomy:
     maps = np.stack([_is(tissue, labels) for tissue in CHANNELS]).astype(np.float32)
     maps[Tissue.CSF] += 1 - maps.sum(0)  # what has no label in the mask
     blurred = ndimage.gaussian_filter(maps, (0, BLUR, BLUR, BLUR), truncate=3)
-    return _anatomy(blurred.astype(np.float32), mask, volume.affine)
+    return _anatomy(blurred.astype(np.float32), mask, _moved(volume.affine, box))
 
 
 def find_label_maps(folder: Path) -> list[Path]:
@@ -138,9 +148,19 @@ def find_label_maps(folder: Path) -> list[Path]:
 def _anatomy(
     maps: NDArray[np.float32], mask: NDArray[np.bool_], affine: NDArray[np.float64]
 ) -> Anatomy:
-    """Maps (4, X, Y, Z) >= 0, normalized inside the mask; CSF where they are all 0."""
+    """Maps (4, X, Y, Z) >= 0, normalized and cut to the mask; CSF where they are all 0."""
     maps[Tissue.CSF] += 1e-6
-    return Anatomy(torch.from_numpy(maps / maps.sum(0) * mask), affine)
+    fractions = maps / maps.sum(0) * mask
+    box = Box.around(mask, 1)
+    cut = np.stack([box.crop(channel) for channel in fractions])
+    return Anatomy(torch.from_numpy(cut), _moved(affine, box))
+
+
+def _moved(affine: NDArray[np.float64], box: Box) -> NDArray[np.float64]:
+    """The affine of what is in the box."""
+    moved = affine.copy()
+    moved[:3, 3] += affine[:3, :3] @ box.start
+    return moved
 
 
 def _is(tissue: Tissue, labels: NDArray[np.int32]) -> NDArray[np.bool_]:

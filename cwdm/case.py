@@ -7,7 +7,7 @@ with the modality under any of its aliases, in upper or lower case.
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -54,7 +54,7 @@ def read_case(folder: Path) -> Case:
             of two cases.
     """
     folder = Path(folder)
-    names = _nifti_names(folder)
+    names = nifti_names(folder)
     found: dict[Kind, Path] = {}
     first: dict[str, str] = {}  # the first image of each id
     parsed = [(name, *_parse(name)) for name in names]
@@ -93,20 +93,11 @@ def find_cases(root: Path) -> list[Case]:
     """
     cases: dict[str, Case] = {}
     folders: dict[str, Path] = {}
-    seen: set[Path] = set()
-    for walked, subfolders, _ in os.walk(root, onerror=_refuse, followlinks=True):
-        folder = Path(walked)
-        subfolders[:] = sorted(each for each in subfolders if not each.startswith("."))
-        if folder.resolve() in seen:  # a link that leads back up
-            subfolders.clear()
-            continue
-        seen.add(folder.resolve())
-        names = _nifti_names(folder)
-        if not any(isinstance(_parse(name)[1], Modality) for name in names):
+    for folder, names in walk(root):
+        if not is_case(names):
             if names:
                 _log.warning("%s: skipped, no file is named <id>-<modality>.nii.gz", folder)
             continue
-        subfolders.clear()
         case = read_case(folder)
         if case.id in cases:
             raise InputError(f"{folders[case.id]} and {folder} both hold a case {case.id}")
@@ -116,8 +107,37 @@ def find_cases(root: Path) -> list[Case]:
     return [cases[case_id] for case_id in sorted(cases)]
 
 
-def _nifti_names(folder: Path) -> list[str]:
-    """Sorted names of the NIfTI files in `folder`, hidden ones left out."""
+def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """The folders at or below `root`, none below a case, with the names of their NIfTI files.
+
+    Raises:
+        InputError: a folder that cannot be read.
+    """
+    seen: set[Path] = set()
+    for walked, subfolders, _ in os.walk(root, onerror=_refuse, followlinks=True):
+        folder = Path(walked)
+        subfolders[:] = sorted(each for each in subfolders if not each.startswith("."))
+        if folder.resolve() in seen:  # a link that leads back up
+            subfolders.clear()
+            continue
+        seen.add(folder.resolve())
+        names = nifti_names(folder)
+        if is_case(names):
+            subfolders.clear()
+        yield folder, names
+
+
+def is_case(names: Iterable[str]) -> bool:
+    """Whether a file with one of these names is an image of a case."""
+    return any(isinstance(_parse(name)[1], Modality) for name in names)
+
+
+def nifti_names(folder: Path) -> list[str]:
+    """Sorted names of the NIfTI files in `folder`, hidden ones left out.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:

@@ -102,16 +102,20 @@ class Training:
     iterations: int = 1_200_000
     patch: tuple[int, int, int] | None = None
     """Voxels per training image; the whole brain if absent."""
-    patches_per_case: int = 1
-    """Patches cut from one augmented case."""
-    cases_per_block: int = 1
-    """Augmented cases whose patches are mixed before the next ones are made."""
     batch: int = 1
+    """Images per step, on all processes together."""
+    accumulation: int = 1
+    """Parts a process computes its share of the batch in, one after the other."""
     learning_rate: float = 1e-5
     warmup: int = 0
     """Steps of linear rise of the learning rate."""
     decay: bool = False
     """Let the learning rate fall along a half cosine to zero at the last iteration."""
+    clip: float | None = None
+    """Largest norm of the gradient."""
+    recompute: bool = False
+    """Gradient checkpointing: recompute the features of each block when the gradient needs them,
+    which takes a third longer and a fraction of the memory."""
     ema: float = 0.0
     """Decay of the moving average of the weights that is saved; 0 saves the weights themselves."""
     timesteps: int | None = None
@@ -123,9 +127,17 @@ class Training:
     others make it the error of the image."""
     structure_weight: float = 0.0
     """Weight of 1 - SSIM of the image, added to the loss."""
-    drop_conditions: float = 0.0
+    drop_conditions: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Probability that one of the conditioning images is missing, two with its square."""
+    patches_per_simulation: int = 16
+    """Patches cut from one simulated case before another is simulated."""
     checkpoint_every: int = 10_000
+    keep: int = 3
+    """Checkpoints that are kept; older ones are removed."""
+    validate_every: int = 10_000
+    """Steps between validations."""
+    validation_steps: int = 50
+    """Sampling steps of a validation at most; a model that takes more is sampled by DDIM."""
     seed: int = 0
     augmentation: Augmentation = Augmentation()
 
@@ -137,9 +149,9 @@ class Config:
     name: str
     target: Modality | Literal["any"]
     """What the model makes; ``any`` is one model for all four sequences, told which."""
-    conditioning: Literal["others", "none", "inpainting"] = "others"
-    """What it is given: the three other sequences of the case; nothing; or the image with a hole
-    and the mask of the hole."""
+    conditioning: Literal["others", "any", "none", "inpainting"] = "others"
+    """What it is given: the three other sequences of the case; those of them there are, and which;
+    nothing; or the image with a hole and the mask of the hole."""
     prediction: Prediction = "x_0"
     """What the network puts out."""
     images: Images = Images()
@@ -150,7 +162,7 @@ class Config:
     training: Training = Training()
 
     def __post_init__(self) -> None:
-        conditional = self.conditioning == "others"
+        conditional = self.conditional
         if conditional and self.target == Modality.CT:
             raise ValueError("ct has no other sequences, expected conditioning = 'none'")
         classes = self.network.classes if isinstance(self.network, UNetConfig) else 0
@@ -168,10 +180,18 @@ class Config:
         elif self.prediction == "velocity":
             raise ValueError("a velocity belongs to a flow, expected prediction = 'x_0'")
         self.process.timesteps(self.sampling.steps, self.sampling.spacing)
-        if self.training.cases_per_block > 1 and not (self.training.patch or self.images.size):
+        batch, parts = self.training.batch, self.training.accumulation
+        if batch % parts:
+            raise ValueError(f"training.batch = {batch} is no multiple of accumulation = {parts}")
+        if batch > parts and not (self.training.patch or self.images.size):
             raise ValueError(
-                "training.cases_per_block above 1 needs training.patch or images.size: brains "
+                "images that are computed together need training.patch or images.size: brains "
                 "differ in size"
+            )
+        if self.conditioning == "any" and not self.training.drop_conditions:
+            raise ValueError(
+                "conditioning = 'any' is learnt from missing images, expected "
+                "training.drop_conditions above 0"
             )
         self.process.timesteps(self.training.timesteps)
         sizes = {"images.size": self.images.size, "training.patch": self.training.patch}
@@ -185,20 +205,26 @@ class Config:
             )
 
     @property
+    def conditional(self) -> bool:
+        """Whether the model is given other sequences of the case."""
+        return self.conditioning in ("others", "any")
+
+    @property
     def targets(self) -> tuple[Modality, ...]:
         """The images the model can make."""
         return SEQUENCES if self.target == "any" else (self.target,)
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
-        """The images a training case must have."""
-        return SEQUENCES if self.conditioning == "others" else self.targets
+        """The images training makes use of, in channel order."""
+        return SEQUENCES if self.conditional else self.targets
 
     @property
     def in_channels(self) -> int:
         """Channels the network takes: those of the noisy image and of its conditions."""
-        conditions = {"others": len(SEQUENCES) - 1, "none": 0, "inpainting": 2}
-        return self.transform.channels * (1 + conditions[self.conditioning])
+        images = {"others": len(SEQUENCES) - 1, "any": len(SEQUENCES), "none": 0, "inpainting": 2}
+        planes = len(SEQUENCES) if self.conditioning == "any" else 0
+        return self.transform.channels * (1 + images[self.conditioning]) + planes
 
     @property
     def multiple(self) -> int:

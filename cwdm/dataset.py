@@ -1,168 +1,356 @@
-"""Training images: complete cases, augmented in scanner units, normalized, cut into patches.
+"""Training samples: a block of a case, augmented, normalized; a target, and what is given for it.
 
-The data is a sequence of blocks. A block depends on (seed, number of the block) only, so a resumed
-run sees what an uninterrupted one would have seen.
+A sample depends on (seed, step, lane) only, where a lane is a place in the batch. So a resumed run
+sees what an uninterrupted one would have seen, and several processes see what one would.
 """
 
-import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torchio as tio
+from monai.transforms.intensity.array import AdjustContrast
+from monai.transforms.spatial.array import Affine
+from monai.utils.type_conversion import convert_to_tensor
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
-from cwdm.case import Case
+from cwdm.conditioning import condition
 from cwdm.config import Augmentation, Config
 from cwdm.errors import InputError
-from cwdm.intensity import NORMALIZATIONS, Scale
+from cwdm.intensity import NORMALIZATIONS, NormalizationName, Scale
 from cwdm.modality import Modality
-from cwdm.preparation import Frame, inside
-from cwdm.volume import read_volumes
+from cwdm.preparation import FLIPS, Box, Frame, network_voxels
 
-__all__ = ["TrainingBlocks", "augmentation"]
+__all__ = ["Endless", "Key", "Lanes", "Sample", "Source", "TrainingCase", "TrainingData", "inputs"]
 
-_log = logging.getLogger(__name__)
-_MASK = "mask"
+Key = tuple[int, int]
+"""(step, lane)."""
 
-
-def augmentation(settings: Augmentation, conditions: Iterable[Modality]) -> tio.Transform:
-    """TorchIO transforms of a subject with one image per modality and a brain mask.
-
-    What changes the geometry moves everything; what changes intensities touches the conditions
-    only: of a target the network could not know about it.
-    """
-    transforms: list[tio.Transform] = []
-    if settings.flip:
-        transforms.append(tio.RandomFlip(axes=(0,)))
-    if settings.affine:
-        transforms.append(
-            tio.RandomAffine(scales=0.15, degrees=15, default_pad_value=0, p=settings.affine)
-        )
-    for modality in conditions:
-        if settings.bias_field:
-            transforms.append(
-                tio.RandomBiasField(
-                    coefficients=0.3, order=2, p=settings.bias_field, include=[modality.value]
-                )
-            )
-        if settings.contrast:
-            transforms.append(tio.RandomGamma(p=settings.contrast, include=[modality.value]))
-    return tio.Compose(transforms)
+OVERFIT_PATCH = 64
+"""Voxels along each axis, at most, that a run has to learn by heart."""
 
 
-class TrainingBlocks(Dataset[Tensor]):
-    """Block n is a tensor (patches, M, X, Y, Z) of normalized images, ``config.modalities``.
+class TrainingCase(Protocol):
+    """What training asks of a case: ``cache.CachedCase``, or one that was just simulated."""
 
-    All cases are kept in memory, cut to the brain (about 35 MB each).
+    @property
+    def id(self) -> str: ...
+    @property
+    def images(self) -> Sequence[Modality]:
+        """Those there are."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the whole grid, canonical orientation."""
+
+    @property
+    def affine(self) -> NDArray[np.float64]: ...
+    @property
+    def box(self) -> Box:
+        """Around the brain."""
+
+    @property
+    def scales(self) -> Mapping[NormalizationName, Mapping[Modality, Scale]]:
+        """As measured in the whole volume."""
+
+    @property
+    def centres(self) -> NDArray[np.integer]:
+        """(N, 3) some voxels of the brain."""
+
+    def read(self, modality: Modality, block: Box) -> NDArray[np.float32]:
+        """A block of the grid, which may reach beyond it, in scanner units."""
+
+    def mask(self, block: Box, modality: Modality | None = None) -> NDArray[np.bool_]:
+        """The brain of one modality, or of most."""
+
+
+class Endless(Protocol):
+    """A source of cases without an end: the simulator."""
+
+    def case(self, step: int, lane: int) -> TrainingCase:
+        """The case that this step's sample is cut from."""
+
+
+class Source(NamedTuple):
+    """Where cases come from."""
+
+    name: str
+    cases: Sequence[TrainingCase] | Endless
+    weight: float = 1.0
+    """How often it is drawn from, compared with the other sources."""
+
+
+class Sample(NamedTuple):
+    """One training image and its conditions; a batch of them has a further axis in front."""
+
+    images: Tensor
+    """(M, X, Y, Z) of ``config.modalities``, network units; background where there is no image."""
+    given: Tensor
+    """(M,) bool: the conditions the network gets."""
+    target: Tensor
+    """() index of the target in ``config.modalities``."""
+
+
+class TrainingData(Dataset[Sample]):
+    """Samples by (step, lane).
+
+    Args:
+        overfit: take so many cases only, one fixed block of each, and as ``plain``; 0 for a real
+            run.
+        plain: all conditions there are, without augmentation.
 
     Raises:
-        InputError: no case with all the images the model needs, or one that cannot be read.
+        InputError: a source without any case that has the images the model needs.
     """
 
-    def __init__(self, cases: Sequence[Case], config: Config):
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        config: Config,
+        *,
+        overfit: int = 0,
+        plain: bool = False,
+    ):
         self.config = config
-        self.normalization = NORMALIZATIONS[config.images.normalization]
+        self.overfit = overfit
+        plain = plain or bool(overfit)
+        self.name = config.images.normalization
+        self.normalization = NORMALIZATIONS[self.name]
+        self.sources = [self._usable(source) for source in sources]
+        weights = np.array([source.weight for source in sources])
+        self.shares = weights / weights.sum()
+        self.augmentation = Augmentation() if plain else config.training.augmentation
+        self.drop = 0.0 if plain else config.training.drop_conditions
+        patch = config.training.patch
+        if overfit:
+            x, y, z = (min(n, OVERFIT_PATCH) for n in patch or (OVERFIT_PATCH,) * 3)
+            patch = (x, y, z) if config.images.size is None else None
+        self.patch = patch
+
+    @property
+    def cases(self) -> list[TrainingCase]:
+        """Those of all finite sources."""
+        finite = [cases for _, cases, _ in self.sources if isinstance(cases, Sequence)]
+        return [case for cases in finite for case in cases]
+
+    @property
+    def endless(self) -> bool:
+        """Whether some source has no end."""
+        return any(not isinstance(source.cases, Sequence) for source in self.sources)
+
+    def simulated(self, n: int) -> list[TrainingCase]:
+        """Some cases of the endless sources."""
+        endless = [cases for _, cases, _ in self.sources if not isinstance(cases, Sequence)]
+        return [source.case(step, 0) for source in endless for step in range(n)]
+
+    def __getitem__(self, key: Key) -> Sample:
+        step, lane = key
+        rng = np.random.default_rng([self.config.training.seed, step, lane])
+        source = self.sources[rng.choice(len(self.sources), p=self.shares)]
+        if isinstance(source.cases, Sequence):
+            case = source.cases[int(rng.integers(len(source.cases)))]
+        else:
+            case = source.cases.case(step, lane)
+        return self.sample(case, rng)
+
+    def sample(self, case: TrainingCase, rng: np.random.Generator) -> Sample:
+        """Draw from one case."""
+        there = [m for m in self.config.modalities if m in case.images]
+        targets = [m for m in there if m in self.config.targets]
+        target = targets[rng.integers(len(targets))]
+        others = [m for m in there if m is not target and self.config.conditional]
+        given = [others[i] for i in rng.permutation(len(others))]
+        while len(given) > 1 and rng.random() < self.drop:
+            given.pop()
+        images = self._images(case, self._frame(case, rng), [target, *given], rng)
+        modalities = self.config.modalities
+        background = torch.full_like(images[target], self.normalization.background)
+        return Sample(
+            torch.stack([images.get(m, background) for m in modalities]),
+            torch.tensor([m in given for m in modalities]),
+            torch.tensor(modalities.index(target)),
+        )
+
+    def _usable(self, source: Source) -> Source:
+        """The same without the cases that lack what the model needs."""
+        if not isinstance(source.cases, Sequence):
+            return source
+        config = self.config
         usable = []
-        for case in cases:
-            if absent := [m for m in config.modalities if m not in case.images]:
-                _log.warning("%s: not used, has no %s", case.id, ", ".join(absent))
+        for case in source.cases:
+            there = [m for m in config.modalities if m in case.images]
+            if config.training.drop_conditions and config.conditional:
+                # a gap in a case is one more for the network to learn from
+                enough = any(m in config.targets for m in there) and len(there) > 1
             else:
+                enough = len(there) == len(config.modalities)
+            if enough:
                 usable.append(case)
         if not usable:
             expected = ", ".join(config.modalities)
-            raise InputError(f"training needs cases with {expected}, found none")
-        self.subjects: list[tuple[tio.Subject, Frame]] = []
-        self.scales: list[Mapping[Modality, Scale]] = []
-        for case in usable:
-            volumes = read_volumes(case, config.modalities)
-            masks = [inside(volume, self.normalization) for volume in volumes.values()]
-            mask = np.logical_and.reduce(masks)
-            affine = next(iter(volumes.values())).affine
-            frame = Frame.of(mask, affine, config.images, config.multiple)
-            images: dict[str, tio.Image] = {
-                modality.value: tio.ScalarImage(
-                    tensor=torch.from_numpy(frame.box.crop(volume.voxels))[None]
-                )
-                for modality, volume in volumes.items()
-            }
-            images[_MASK] = tio.LabelMap(tensor=torch.from_numpy(frame.box.crop(mask))[None].byte())
-            self.subjects.append((tio.Subject(**images), frame))
-            self.scales.append(
-                {m: self.normalization.measure(v.voxels, mask) for m, v in volumes.items()}
+            raise InputError(f"{source.name}: training needs cases with {expected}, found none")
+        return source._replace(cases=usable[: self.overfit or None])
+
+    def _frame(self, case: TrainingCase, rng: np.random.Generator) -> Frame:
+        """The block the network sees: around some voxel of the brain, or everything."""
+        settings = self.config.images
+        if self.patch is None:
+            whole = case.mask(Box((0, 0, 0), case.shape))
+            return Frame.of(whole, case.affine, settings, self.config.multiple)
+        zoom = network_voxels(case.affine, settings)
+        size = [round(n / z) for n, z in zip(self.patch, zoom, strict=True)]
+        centre = case.centres[0 if self.overfit else rng.integers(len(case.centres))]
+        if self.overfit:
+            centre = np.add(case.box.start, np.array(case.box.size) // 2)
+        start = [
+            first - (n - length) // 2 if n > length else min(max(c - n // 2, first), end - n)
+            for c, n, first, length in zip(
+                centre.tolist(), size, case.box.start, case.box.size, strict=True
             )
-        conditions = () if config.target == "any" else config.modalities
-        self.conditions = {m for m in conditions if m != config.target}
-        self.transform = augmentation(
-            config.training.augmentation, [m for m in Modality if m in self.conditions]
-        )
+            for end in [first + length]
+        ]
+        box = Box((start[0], start[1], start[2]), (size[0], size[1], size[2]))
+        return Frame(box, self.patch, FLIPS[settings.orientation])
 
-    @property
-    def patches_per_block(self) -> int:
-        """Patches in every block."""
-        return self.config.training.cases_per_block * self.config.training.patches_per_case
+    def _images(
+        self,
+        case: TrainingCase,
+        frame: Frame,
+        modalities: Sequence[Modality],
+        rng: np.random.Generator,
+    ) -> dict[Modality, Tensor]:
+        """Normalized images (X', Y', Z'), the first of them the target.
 
-    def __getitem__(self, block: int) -> Tensor:
-        training = self.config.training
-        rng = np.random.default_rng([training.seed, block])
-        patches = []
-        for _ in range(training.cases_per_block):
-            images, mask = self._augmented(int(rng.integers(len(self.subjects))), rng)
-            for _ in range(training.patches_per_case):
-                patches.append(
-                    _cut(images, mask, training.patch, rng, self.normalization.background)
-                )
-        order = rng.permutation(len(patches))
-        return torch.stack([patches[i] for i in order])
-
-    def _augmented(self, number: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Normalized images (M, X, Y, Z) and the brain mask (X, Y, Z) of a subject, changed.
-
-        What keeps its units keeps the scale measured in its whole volume, as in synthesis.
+        What moves anything moves everything; what changes intensities changes the conditions only:
+        of a target the network could not know about it.
         """
-        (subject, frame), scales = self.subjects[number], self.scales[number]
-        settings = self.config.training.augmentation
-        with torch.random.fork_rng(devices=[]):  # TorchIO draws from torch's global generator
-            torch.manual_seed(int(rng.integers(2**63)))
-            changed = self.transform(subject)
-        changed_images = changed.get_images_dict(intensity_only=False)
-        mask = changed_images[_MASK].data[0].numpy() > 0
-        images = []
-        for modality in self.config.modalities:
-            voxels = changed_images[modality.value].data[0].numpy()
-            scale = scales[modality]
-            if modality in self.conditions:
-                if settings.bias_field or settings.contrast:
-                    scale = self.normalization.measure(voxels, mask)
-                error = rng.normal(size=2) * 0.3 * settings.contrast
-                scale = Scale(
-                    scale.offset + error[0] * scale.scale, scale.scale * float(np.exp(error[1]))
+        changes, background = self.augmentation, self.normalization.background
+        turned = rng.random() < changes.affine
+        seen = _grown(frame) if turned and self.patch else frame
+        layers = []
+        for number, modality in enumerate(modalities):
+            inside = case.mask(seen.box, modality)
+            voxels = case.read(modality, seen.box)
+            if number and rng.random() < changes.bias_field:
+                voxels = _biased(voxels, inside, rng)
+            scale = case.scales[self.name][modality]
+            layers.append(
+                seen.to_network(self.normalization.normalize(voxels, inside, scale)) - background
+            )
+        mask = seen.to_network(case.mask(seen.box).astype(np.float32))
+        images = torch.stack([*layers, mask])
+        if turned:
+            images = _turned(images, frame.size, rng)
+        if changes.flip and rng.random() < 0.5:
+            images = images.flip(1)
+        brain = images[-1] > 0.5
+        images = images[:-1] + background
+        for image in images[1:]:
+            if changes.contrast and brain.any():
+                image[brain] = self._contrast(image[brain], changes.contrast, rng)
+        return dict(zip(modalities, images, strict=True))
+
+    def _contrast(self, values: Tensor, amount: float, rng: np.random.Generator) -> Tensor:
+        """Another gamma at times, and always some error in offset and scale."""
+        if rng.random() < amount and values.max() > values.min():
+            gamma = float(np.exp(rng.uniform(-0.3, 0.3)))
+            changed = AdjustContrast(gamma, retain_stats=True)(values[None])
+            values = convert_to_tensor(changed, track_meta=False)[0]
+        offset, scale = rng.normal(size=2) * 0.3 * amount
+        changed = values * float(np.exp(scale)) + float(offset)
+        return changed.clamp(self.normalization.low, self.normalization.high)
+
+
+def inputs(
+    config: Config, samples: Sample, device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Of a batch: the target images (B, 1, X, Y, Z), what ``condition`` makes of the others (None
+    without conditions), and the labels (B,) of the targets (None where there is but one)."""
+    images = samples.images.to(device).unsqueeze(2)
+    targets = samples.target.tolist()
+    target_images = torch.stack([image[i] for image, i in zip(images, targets, strict=True)])
+    cond = None
+    if config.conditional:
+        conds = []
+        for image, given, target in zip(images, samples.given.tolist(), targets, strict=True):
+            there = {m: image[i][None] for i, m in enumerate(config.modalities) if given[i]}
+            availability = config.conditioning == "any"
+            conds.append(
+                condition(
+                    there, config.modalities[target], config.transform, availability=availability
                 )
-            images.append(frame.to_network(self.normalization.normalize(voxels, mask, scale)))
-        return torch.stack(images), frame.to_network(mask.astype(np.float32)) > 0.5
+            )
+        cond = torch.cat(conds)
+    label = samples.target.to(device) if len(config.targets) > 1 else None
+    return target_images, cond, label
 
 
-def _cut(
-    images: Tensor,
-    mask: Tensor,
-    patch: tuple[int, int, int] | None,
-    rng: np.random.Generator,
-    background: float,
-) -> Tensor:
-    """A patch (M, *patch) whose centre lies in the brain where that is possible; or everything.
+class Lanes(Sampler[list[Key]]):
+    """The keys of one process, a list for each part of the batch that it computes at once.
 
-    A patch larger than the image is filled up with background.
+    Args:
+        rank: which of ``world`` processes; they share the lanes out in order.
+
+    Raises:
+        InputError: the batch cannot be shared out evenly.
     """
-    if patch is None:
-        return images
-    brain = mask.nonzero()
-    centre = brain[rng.integers(len(brain))].tolist()
-    start = [
-        int(np.clip(c - p // 2, 0, max(n - p, 0)))
-        for c, p, n in zip(centre, patch, images.shape[1:], strict=True)
-    ]
-    cut = images[(slice(None), *(slice(s, s + p) for s, p in zip(start, patch, strict=True)))]
-    missing = [p - n for p, n in zip(patch, cut.shape[1:], strict=True)]
-    ends = [end for m in reversed(missing) for end in (0, m)]
-    return torch.nn.functional.pad(cut, ends, value=background)
+
+    def __init__(self, config: Config, first_step: int, *, rank: int = 0, world: int = 1):
+        training = config.training
+        if training.batch % (world * training.accumulation):
+            raise InputError(
+                f"training.batch = {training.batch} is no multiple of {world} processes with "
+                f"accumulation = {training.accumulation}"
+            )
+        share = training.batch // world
+        self.steps = range(first_step, training.iterations)
+        self.lanes = range(rank * share, (rank + 1) * share)
+        self.part = share // training.accumulation
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for step in self.steps:
+            for first in range(0, len(self.lanes), self.part):
+                yield [(step, lane) for lane in self.lanes[first : first + self.part]]
+
+    def __len__(self) -> int:
+        return len(self.steps) * len(self.lanes) // self.part
+
+
+def _grown(frame: Frame) -> Frame:
+    """Half as large again along each axis: what a turned block may reach into."""
+    ratio = [n / m for n, m in zip(frame.size, frame.box.size, strict=True)]
+    margin = [-(-n // 4) for n in frame.box.size]
+    x, y, z = (first - m for first, m in zip(frame.box.start, margin, strict=True))
+    a, b, c = (n + 2 * m for n, m in zip(frame.box.size, margin, strict=True))
+    size = tuple(n + 2 * round(m * r) for n, m, r in zip(frame.size, margin, ratio, strict=True))
+    return Frame(Box((x, y, z), (a, b, c)), size, frame.flips)
+
+
+def _turned(images: Tensor, size: Sequence[int], rng: np.random.Generator) -> Tensor:
+    """Layers (C, X, Y, Z) turned by up to 15 degrees and scaled by up to 15 %, cut to ``size``."""
+    affine = Affine(
+        rotate_params=rng.uniform(-np.pi / 12, np.pi / 12, 3).tolist(),
+        scale_params=rng.uniform(0.85, 1.15, 3).tolist(),
+        spatial_size=list(size),
+        padding_mode="zeros",
+        image_only=True,
+    )
+    moved: Tensor = convert_to_tensor(affine(images), track_meta=False)
+    return moved
+
+
+def _biased(
+    voxels: NDArray[np.float32], inside: NDArray[np.bool_], rng: np.random.Generator
+) -> NDArray[np.float32]:
+    """Times a smooth field (Van Leemput et al. 1999) that keeps the brain's median."""
+    if not inside.any():
+        return voxels
+    with torch.random.fork_rng(devices=[]):  # TorchIO draws from torch's global generator
+        torch.manual_seed(int(rng.integers(2**63)))
+        field = tio.RandomBiasField(coefficients=0.3, order=2)
+        changed = field(torch.from_numpy(voxels)[None])[0].numpy()
+    before, after = float(np.median(voxels[inside])), float(np.median(changed[inside]))
+    return changed * np.float32(before / after) if after > 0 else changed

@@ -24,6 +24,7 @@ class Denoiser(nn.Module):
         process: what its times mean.
         prediction: what it puts out.
         channels: channels of one image.
+        availability: whether the conditions say which of them are there, see ``condition``.
     """
 
     def __init__(
@@ -32,12 +33,15 @@ class Denoiser(nn.Module):
         process: Process,
         prediction: Prediction = "x_0",
         channels: int = 8,
+        *,
+        availability: bool = False,
     ):
         super().__init__()
         self.backbone = backbone
         self.process = process
         self.prediction = prediction
         self.channels = channels
+        self.availability = availability
 
     def forward(
         self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, label: Tensor | None = None
@@ -47,7 +51,7 @@ class Denoiser(nn.Module):
         Args:
             x_t: (B, channels, X, Y, Z).
             t: (B,) in 0..T.
-            cond: (B, channels*C, X, Y, Z), or None without conditions.
+            cond: what ``conditioning.condition`` made, or None without conditions.
             label: (B,) number of the target, for a network with classes.
         """
         inputs = x_t if cond is None else torch.cat([x_t, cond], dim=1)
@@ -59,8 +63,7 @@ class Denoiser(nn.Module):
 
     def start(self, noise: Tensor, cond: Tensor | None = None) -> Tensor:
         """Where a chain begins, given N(0, 1) of its shape (B, channels, X, Y, Z)."""
-        mean = None if cond is None else mean_of_conditions(cond, self.channels)
-        return self.process.start(noise, mean)
+        return self.process.start(noise, None if cond is None else self._mean(cond))
 
     def x_0(self, output: Tensor, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """The estimate of x_0 (B, channels, X, Y, Z) an output at the times t (B,) stands for."""
@@ -77,4 +80,7 @@ class Denoiser(nn.Module):
     def _base(self, cond: Tensor | None) -> Tensor:
         if cond is None:
             raise ValueError("the residual is taken from the mean of the conditions: there is none")
-        return mean_of_conditions(cond, self.channels)
+        return self._mean(cond)
+
+    def _mean(self, cond: Tensor) -> Tensor:
+        return mean_of_conditions(cond, self.channels, availability=self.availability)

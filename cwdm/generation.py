@@ -83,7 +83,7 @@ class Generator:
     def __init__(self, model: Model, *, device: str = "auto", precision: Precision = "auto"):
         config = model.config
         if config.conditioning != "none":
-            what = {"others": "other sequences"}.get(config.conditioning, config.conditioning)
+            what = "other sequences" if config.conditional else config.conditioning
             raise InputError(
                 f"{model.path}: {config.name} is conditioned on {what}, use cwdm synthesize"
             )

@@ -12,15 +12,17 @@ _RANGE = 7.0
 
 
 def band_loss(estimate: Tensor, x_0: Tensor) -> Tensor:
-    """Mean squared error of each band over batch and space: two (B, 8, X, Y, Z) -> (8,).
+    """Mean squared error of each band over space: two (B, 8, X, Y, Z) -> (B, 8).
 
     Its mean is the loss of WDM (arXiv 2402.19043, eq. 4): all bands count alike.
     """
-    return (estimate.float() - x_0.float()).square().mean(dim=(0, 2, 3, 4))
+    return (estimate.float() - x_0.float()).square().mean(dim=(2, 3, 4))
 
 
 def structure_loss(estimate: Tensor, truth: Tensor, background: float = 0.0) -> Tensor:
     """1 - SSIM (Wang et al. 2004) of images (B, 1, X, Y, Z), mean over windows that hold brain.
+
+    Of several images the mean of theirs, so that it does not matter which are computed together.
 
     The least squared error blurs what it is not sure of; SSIM counts lost contrast as well.
     """
@@ -33,13 +35,14 @@ def structure_loss(estimate: Tensor, truth: Tensor, background: float = 0.0) -> 
     variances = (deviation_e.square() + deviation_t.square()).mean(dim=-1)
     ssim = luminance * (2 * covariance + c2) / (variances + c2)
     brain = (t != background).any(dim=-1)
-    return ((1 - ssim) * brain).sum() / brain.sum().clamp(min=1)
+    of_each = ((1 - ssim) * brain).sum(dim=1) / brain.sum(dim=1).clamp(min=1)
+    return of_each.mean()
 
 
 def _windows(images: Tensor) -> Tensor:
-    """Images (B, 1, X, Y, Z) -> voxels of each window (windows, 216); what is left over is cut."""
+    """Images (B, 1, X, Y, Z) -> voxels of each window (B, windows, 216); the rest is cut."""
     b, c, *size = images.shape
     x, y, z = (n // _WINDOW for n in size)
     whole = images[:, :, : x * _WINDOW, : y * _WINDOW, : z * _WINDOW]
     split = whole.reshape(b, c, x, _WINDOW, y, _WINDOW, z, _WINDOW)
-    return split.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(-1, _WINDOW**3)
+    return split.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(b, -1, _WINDOW**3)

@@ -24,14 +24,19 @@ _SAMPLER = 6
 the one before, its image while it is clamped, noise, and the sum of them."""
 
 
+_OPTIMIZER = 3
+"""Copies of the weights that training keeps beside them: Adam's two moments and the average."""
+
+
 @dataclass(frozen=True)
 class Footprint:
     """Bytes at the moment when the most is needed."""
 
     weights: int
+    """In training with what the optimizer and the average keep for each."""
     network: int
-    """Input and features of one evaluation."""
-    sampler: int
+    """Input and features of one evaluation; in training gradients as well."""
+    sampler: int = 0
 
     @property
     def total(self) -> int:
@@ -45,9 +50,10 @@ def footprint(
     *,
     channels: int = 8,
     bf16: bool = False,
+    training: bool = False,
     device: torch.device | str = "cpu",
 ) -> Footprint:
-    """What sampling at a size takes, in inference.
+    """What sampling at a size takes, in inference; or a step of training.
 
     Args:
         build: makes the network, which maps (B, C, X, Y, Z) and times (B,) to
@@ -55,11 +61,16 @@ def footprint(
         shape: (B, C, X, Y, Z), that of its input, conditions included.
         channels: those of x_t.
         bf16: with autocast to bfloat16. Weights stay float32.
+        training: forward and backward, with the gradients.
         device: where it would run.
     """
     device = torch.device(device)
     filters("haar")  # kept from now on: not the ones without numbers
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode(), device:
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.inference_mode(not training),
+        device,
+    ):
         network = build()
         weights = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
         x = torch.empty(*shape)
@@ -67,7 +78,11 @@ def footprint(
         label = (t,) if hasattr(network, "label_emb") else ()
         with _Alive() as alive, torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             alive.add(x)
-            network(x, t, *label)
+            output = network(x, t, *label)
+            if training:
+                output.float().square().mean().backward()
+    if training:
+        return Footprint((1 + _OPTIMIZER) * weights, alive.peak)
     return Footprint(weights, alive.peak, _SAMPLER * x.nbytes * channels // shape[1])
 
 

@@ -60,7 +60,13 @@ def build_denoiser(config: Config) -> Denoiser:
         network = WavUNet(config.network, config.in_channels, channels)
     else:
         network = UNet(config.network, config.in_channels, channels)
-    return Denoiser(network, config.process, config.prediction, channels)
+    return Denoiser(
+        network,
+        config.process,
+        config.prediction,
+        channels,
+        availability=config.conditioning == "any",
+    )
 
 
 def save_model(

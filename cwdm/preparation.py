@@ -19,7 +19,7 @@ from cwdm.intensity import NORMALIZATIONS, Normalization, Scale
 from cwdm.modality import Modality
 from cwdm.volume import Volume, brain_mask
 
-__all__ = ["FLIPS", "Box", "Frame", "Prepared", "inside", "prepare"]
+__all__ = ["FLIPS", "Box", "Frame", "Prepared", "inside", "majority", "prepare"]
 
 Voxel = TypeVar("Voxel", bound=np.generic)
 
@@ -105,9 +105,7 @@ class Frame:
         Args:
             multiple: every axis of the network image is a multiple of this.
         """
-        spacing = np.linalg.norm(affine[:3, :3], axis=0)
-        ratio = spacing / settings.spacing_mm
-        zoom = np.where(abs(ratio - 1) > _SAME_SPACING, ratio, 1.0)
+        zoom = network_voxels(affine, settings)
         if settings.size is not None:
             size = settings.size
             middle = mask if settings.centre == "brain" else np.ones_like(mask)
@@ -131,6 +129,12 @@ class Frame:
         image = image.detach().float().cpu()
         image = _resize(image.flip(self.flips), self.box.size)
         return image.numpy()
+
+
+def network_voxels(affine: NDArray[np.float64], settings: Images) -> NDArray[np.float64]:
+    """(3,) voxels of the network per voxel of a case along each axis; 1 where nearly alike."""
+    ratio = np.linalg.norm(affine[:3, :3], axis=0) / settings.spacing_mm
+    return np.where(abs(ratio - 1) > _SAME_SPACING, ratio, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,11 +164,7 @@ def prepare(volumes: Mapping[Modality, Volume], settings: Images, *, multiple: i
     """
     normalization = NORMALIZATIONS[settings.normalization]
     masks = {modality: inside(volume, normalization) for modality, volume in volumes.items()}
-    stacked = np.stack(list(masks.values()))
-    votes: NDArray[np.int64] = stacked.sum(axis=0)
-    mask = np.greater_equal(2 * votes, len(masks))
-    if not mask.any():
-        mask = np.greater(votes, 0)
+    mask = majority(list(masks.values()))
     frame = Frame.of(mask, next(iter(volumes.values())).affine, settings, multiple)
     images, scales = {}, {}
     for modality, volume in volumes.items():
@@ -172,6 +172,13 @@ def prepare(volumes: Mapping[Modality, Volume], settings: Images, *, multiple: i
         image = normalization.normalize(volume.voxels, masks[modality], scales[modality])
         images[modality] = frame.to_network(frame.box.crop(image, normalization.background))
     return Prepared(images, scales, mask, frame)
+
+
+def majority(masks: Sequence[NDArray[np.bool_]]) -> NDArray[np.bool_]:
+    """(X, Y, Z): where at least half of the masks have it, or any of them if that is nowhere."""
+    votes: NDArray[np.int64] = np.stack(masks).sum(axis=0)
+    mask = np.greater_equal(2 * votes, len(masks))
+    return mask if mask.any() else np.greater(votes, 0)
 
 
 def inside(volume: Volume, normalization: Normalization) -> NDArray[np.bool_]:

@@ -1,12 +1,12 @@
 """Simulated cases: four contrasts, with a glioma, all from one anatomy.
 
 Anatomy -> a brain deformed at random -> tumor and vessels -> the signal of each sequence -> what a
-scanner makes of it. Everything is computed in torch, on any device, and drawn from one generator
-per case: a case depends on its seed and its index, and on no other case.
+scanner makes of it. Everything is computed in torch, on any device; the host waits for the device
+only while it deforms the brain. A case depends on its seed and its index, and on no other case.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from cwdm import __version__
 from cwdm.anatomy import Anatomy
 from cwdm.errors import InputError
 from cwdm.modality import Modality
+from cwdm.preparation import Box
 from cwdm.relaxation import (
     RELAXATION,
     Tissue,
@@ -36,8 +37,8 @@ Shape = tuple[int, int, int]
 SHAPE: Shape = (240, 240, 155)
 """BraTS; 1 mm voxels."""
 
-HEAD_MM = (168, 208, 156)
-"""The part of the grid in which the brain lies; only there anything is computed."""
+NODE_MM = 4
+"""Distance between the nodes at which a deformation is computed; between them it is linear."""
 
 BRAIN_MM3 = 1.5e6
 """Typical volume inside a BraTS brain mask; those at hand have 1.35 to 1.73 million."""
@@ -75,22 +76,20 @@ def simulate(
         spacing: mm between voxels, the same along each axis.
         device: where to compute. Another kind of device draws other cases.
     """
-    inner = [min(n, round(mm / spacing)) for n, mm in zip(shape, HEAD_MM, strict=True)]
-    chance = Chance(seed, index, (inner[0], inner[1], inner[2]), spacing, torch.device(device))
-    brain, offset, radius, midline = _deformed(anatomy, chance)
-    mask = brain.sum(0) > 0.5
-    brain = _individual(brain, chance)
-    tumor, segmentation = _tumor(brain, mask, offset, radius, chance)
-    fractions = _mix(brain, tumor, _vessels(brain, mask, midline, chance))
+    chance = Chance(seed, index, torch.device(device))
+    head = _deformed(anatomy, shape, spacing, chance)
+    brain = _individual(head)
+    tumor, segmentation = _tumor(brain, head)
+    fractions = _mix(brain, tumor, _vessels(brain, head))
     gain = chance.uniform(math.log(200), math.log(2000))
     images = {}
-    for modality, signal in _signals(fractions, mask, chance).items():
-        image = _acquire(signal, mask, chance)
-        image *= math.exp(gain + chance.uniform(-0.7, 0.7)) / image[mask].median()
-        images[modality] = _fit((image.round().clamp(1, 32767) * mask).to(torch.int16), shape)
+    for modality, signal in _signals(fractions, head).items():
+        image = _acquire(signal, head)
+        image *= math.exp(gain + chance.uniform(-0.7, 0.7)) / image.median()
+        images[modality] = head.whole(image.round().clamp(1, 32767).to(torch.int16), shape)
     affine = np.diag([spacing, spacing, spacing, 1.0])
     affine[0, 3] = -(shape[0] - 1) * spacing  # the corner where BraTS images have it
-    segmentation = _fit(segmentation * mask, shape)
+    segmentation = head.whole(segmentation, shape)
     return SimulatedCase(case_id(seed, index), images, segmentation, affine)
 
 
@@ -124,144 +123,199 @@ def write_case(case: SimulatedCase, output: Path, *, overwrite: bool = False) ->
 
 
 class Chance:
-    """Everything random about one case, on its grid."""
+    """Everything random about one case.
 
-    def __init__(
-        self, seed: int, index: int, shape: Shape, spacing: float, device: torch.device
-    ) -> None:
-        state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)
-        self._generator = torch.Generator(device).manual_seed(int(state[0] >> np.uint64(1)))
-        self.shape, self.spacing, self.device = shape, spacing, device
+    Single numbers are drawn on the host, so that it need not wait for the device.
+    """
+
+    def __init__(self, seed: int, index: int, device: torch.device) -> None:
+        self.device = device
+        self.numbers = np.random.default_rng([seed, index])
+        state = int(self.numbers.integers(2**63))
+        self._generator = torch.Generator(device).manual_seed(state)
 
     def uniform(self, low: float, high: float) -> float:
-        draw = torch.rand((), generator=self._generator, device=self.device)
-        return low + (high - low) * draw.item()
+        return float(self.numbers.uniform(low, high))
 
     def normal(self, *size: int) -> Tensor:
         return torch.randn(size, generator=self._generator, device=self.device)
 
-    def pick(self, weights: Tensor) -> Tensor:
-        """Index () of one of the weights (N,), with that probability."""
-        return torch.multinomial(weights, 1, generator=self._generator)[0]
-
-    def field(self, scale: float) -> Tensor:
+    def field(self, scale: float, shape: Shape, spacing: float) -> Tensor:
         """A random field (X, Y, Z), Gaussian with mean 0 and variance 1, smooth over `scale` mm."""
         kernels = []
-        for n in self.shape:
-            x = torch.arange(n, device=self.device) * (self.spacing / scale)
-            knots = torch.arange(-2, math.ceil(n * self.spacing / scale) + 3, device=self.device)
+        for n in shape:
+            x = torch.arange(n, device=self.device) * (spacing / scale)
+            knots = torch.arange(-2, math.ceil(n * spacing / scale) + 3, device=self.device)
             kernel = torch.exp(-(((x[:, None] - knots) / 0.7) ** 2) / 2)
             kernels.append(kernel / kernel.square().sum(1, keepdim=True).sqrt())
         field = self.normal(*(kernel.shape[1] for kernel in kernels))
-        for kernel in kernels:
-            field = torch.tensordot(field, kernel, dims=([0], [1]))
+        for kernel in reversed(kernels):
+            field = torch.tensordot(kernel, field, dims=([1], [2]))
         return field
 
 
-def _deformed(anatomy: Anatomy, chance: Chance) -> tuple[Tensor, Tensor, float, Tensor]:
-    """A random pose, size and shape of the brain, and a tumor that pushes it aside.
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A brain, and the place of a tumor, in the block (X, Y, Z) of the images that they fill.
 
-    Returns:
-        Tissue fractions (4, X, Y, Z); mm from the tumor's center (X, Y, Z, 3) and its radius in mm;
-        mm from the brain's midline (X, Y, Z).
+    All that needs no neighbors is computed for the brain's N voxels only, half of the block.
     """
+
+    chance: Chance
+    spacing: float
+    box: Box
+    inside: Tensor
+    """(N,) the brain's voxels, as indices into the flattened block."""
+    brain: Tensor
+    """(4, N) tissue fractions."""
+    midline: Tensor
+    """(N,) mm from the plane between the hemispheres."""
+    center: Sequence[float]
+    """Of the tumor, in voxels of the block."""
+    radius: float
+    """Of the tumor, mm."""
+
+    def field(self, scale: float) -> Tensor:
+        """A random field (N,), see `Chance`."""
+        return self.take(self.chance.field(scale, self.box.size, self.spacing))
+
+    def take(self, volume: Tensor) -> Tensor:
+        """(..., X, Y, Z) -> (..., N)."""
+        return volume.flatten(-3).index_select(-1, self.inside)
+
+    def put(self, values: Tensor) -> Tensor:
+        """(N,) -> (X, Y, Z), 0 outside the brain."""
+        block = values.new_zeros(math.prod(self.box.size))
+        return block.index_copy_(0, self.inside, values).view(self.box.size)
+
+    def whole(self, values: Tensor, shape: Shape) -> Tensor:
+        """(N,) -> the whole image, 0 outside the brain."""
+        image = values.new_zeros(shape)
+        image[_slices(self.box)] = self.put(values)
+        return image
+
+
+def _deformed(anatomy: Anatomy, shape: Shape, spacing: float, chance: Chance) -> Head:
+    """A random pose, size and shape of the brain, and a tumor that pushes it aside."""
+    stride = max(1, round(NODE_MM / spacing))
+    a, b, c = (math.ceil((n - 1) / stride) + 1 for n in shape)
     axes = [
-        torch.arange(n, device=chance.device).sub((n - 1) / 2) * chance.spacing
-        for n in chance.shape
+        (torch.arange(count, device=chance.device) * stride - (n - 1) / 2) * spacing
+        for count, n in zip((a, b, c), shape, strict=True)
     ]
-    points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
-    matrix = torch.eye(3, device=chance.device) + 0.035 * chance.normal(3, 3).clamp(-2, 2)
+    nodes = torch.stack(torch.meshgrid(*axes, indexing="ij"))  # mm from the middle of the grid
+    turn = np.eye(3) + 0.035 * chance.numbers.normal(size=(3, 3)).clip(-2, 2)
     size = BRAIN_MM3 * math.exp(chance.uniform(-0.1, 0.1))
-    matrix *= (anatomy.volume_mm3 / size / matrix.det()) ** (1 / 3)
+    turn *= (anatomy.volume_mm3 / size / np.linalg.det(turn)) ** (1 / 3)
     if chance.uniform(0, 1) < 0.5:
-        matrix[0] *= -1
-    middle = torch.tensor(anatomy.middle).to(points)
-    source = points @ matrix.T + middle  # where in the anatomy each point comes from
+        turn[0] *= -1
+    matrix = torch.from_numpy(turn).to(nodes)
+    middle = torch.tensor(anatomy.middle).to(nodes)[:, None, None, None]
+    source = torch.tensordot(matrix, nodes, 1) + middle  # where in the anatomy a node comes from
     for scale, amplitude in ((45, 3.0), (18, 1.2)):
-        source += amplitude * torch.stack([chance.field(scale) for _ in range(3)], -1)
+        for axis in source:
+            axis += amplitude * chance.field(scale, (a, b, c), stride * spacing)
 
-    coarse = (slice(None, None, max(1, round(4 / chance.spacing))),) * 3
-    weights = anatomy.sample(source[coarse])[Tissue.WHITE] ** 3
-    weights *= points[coarse][..., 2] > -12  # above the cerebellum
-    center = points[coarse].flatten(0, 2)[chance.pick(weights.flatten() + 1e-9)]
+    tissues = anatomy.to(chance.device)
+    weights = tissues.sample(source)[Tissue.WHITE] ** 3 * (nodes[2] > -12)  # above the cerebellum
+    likely = weights.flatten().cpu().double().numpy() + 1e-9
+    picked = chance.numbers.choice(likely.size, p=likely / likely.sum())
+    i, j, k = np.unravel_index(picked, (a, b, c))
     radius = chance.uniform(8, 14) + chance.uniform(0, 1) ** 2 * 14
-    offset = points - center
-    reach = torch.exp(-offset.square().sum(-1, keepdim=True) / (2 * (1.5 * radius) ** 2))
-    source -= chance.uniform(0.05, 0.3) * reach * (offset @ matrix.T)
-    return anatomy.sample(source), offset, radius, source[..., 0] - middle[0]
+    offset = nodes - nodes[:, i, j, k].view(3, 1, 1, 1)
+    reach = torch.exp(-offset.square().sum(0) / (2 * (1.5 * radius) ** 2))
+    source -= chance.uniform(0.05, 0.3) * reach * torch.tensordot(matrix, offset, 1)
+
+    near = functional.max_pool3d(tissues.sample(source).sum(0, keepdim=True), 3, 1, 1)[0] > 0
+    block = Box.around(near.cpu().numpy(), 1)
+    source = _between(source[:, *_slices(block)], stride)
+    x, y, z = (stride * first for first in block.start)
+    source = source[:, : shape[0] - x, : shape[1] - y, : shape[2] - z]
+    brain = tissues.sample(source)
+    inside = (brain.sum(0) > 0.5).flatten().nonzero()[:, 0]
+    return Head(
+        chance,
+        spacing,
+        Box((x, y, z), (brain.shape[1], brain.shape[2], brain.shape[3])),
+        inside,
+        brain.flatten(1).index_select(1, inside),
+        source[0].flatten().index_select(0, inside) - anatomy.middle[0],
+        [stride * int(n - first) for n, first in zip((i, j, k), block.start, strict=True)],
+        radius,
+    )
 
 
-def _individual(brain: Tensor, chance: Chance) -> Tensor:
-    """Fractions (4, X, Y, Z) with folds and ventricles of one person: wider here, narrower there.
-
-    Outside the brain, where all are 0, they become meaningless; they sum to 1 everywhere.
-    """
-    logits = torch.log(brain + 1e-3)
-    logits[Tissue.CSF] += chance.uniform(-1.1, 0.6)  # young to old
+def _individual(head: Head) -> Tensor:
+    """Fractions (4, N) with folds and ventricles of one person: wider here, narrower there."""
+    logits = torch.log(head.brain + 1e-3)
+    logits[Tissue.CSF] += head.chance.uniform(-1.1, 0.6)  # young to old
     for tissue in (Tissue.CSF, Tissue.CORTEX):
-        logits[tissue] += chance.field(4) + 0.5 * chance.field(10)
+        logits[tissue] += head.field(4) + 0.5 * head.field(10)
     return torch.softmax(logits, 0)
 
 
-def _vessels(brain: Tensor, mask: Tensor, midline: Tensor, chance: Chance) -> Tensor:
-    """Fraction (X, Y, Z) of blood: winding tubes in the fluid, more at the surface; the sinus.
+def _vessels(brain: Tensor, head: Head) -> Tensor:
+    """Fraction (N,) of blood: winding tubes in the fluid, more at the surface; the sinus.
 
     A tube is where two random fields are both near zero.
     """
-    stride = max(1, round(4 / chance.spacing))
-    outside = 1 - _fine(_coarse(mask.float(), stride), stride, chance.shape)
-    tubes = torch.exp(
-        -(chance.field(9).square() + chance.field(9).square()) / (0.08 + 0.3 * outside)
-    )
-    sinus = torch.exp(-midline.square() / (2 * 2.5**2)) * (2 * outside).clamp(max=1)
+    stride = max(1, round(4 / head.spacing))
+    mask = head.put(torch.ones_like(head.midline))
+    outside = 1 - head.take(_fine(_coarse(mask, stride), stride, head.box.size))
+    tubes = torch.exp(-(head.field(9).square() + head.field(9).square()) / (0.08 + 0.3 * outside))
+    sinus = torch.exp(-head.midline.square() / (2 * 2.5**2)) * (2 * outside).clamp(max=1)
     return brain[Tissue.CSF] * torch.maximum(tubes, sinus)
 
 
-def _tumor(
-    brain: Tensor, mask: Tensor, offset: Tensor, radius: float, chance: Chance
-) -> tuple[Tensor, Tensor]:
-    """Fractions (3, X, Y, Z) in the order of TUMOR, and labels (X, Y, Z)."""
-    edge = 0.5 * chance.spacing  # mm over which a boundary is shared between voxels
-    distance = (offset * (0.2 * chance.normal(3)).exp()).square().sum(-1).sqrt()
-    depth = radius * (1 + 0.25 * chance.field(radius) + 0.08 * chance.field(5)) - distance
+def _tumor(brain: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    """Fractions (3, N) in the order of TUMOR, and labels (N,)."""
+    chance, radius = head.chance, head.radius
+    edge = 0.5 * head.spacing  # mm over which a boundary is shared between voxels
+    stretch = head.spacing * np.exp(0.2 * chance.numbers.normal(size=3))
+    x, y, z = (
+        ((torch.arange(n, device=chance.device) - middle) * float(mm)).square()
+        for n, middle, mm in zip(head.box.size, head.center, stretch, strict=True)
+    )
+    distance = head.take((x[:, None, None] + y[:, None] + z).sqrt())
+    depth = radius * (1 + 0.25 * head.field(radius) + 0.08 * head.field(5)) - distance
     depth -= 4 * brain[Tissue.CSF]  # does not grow into ventricles and sulci
     core = torch.sigmoid(depth / edge)
-    rim = chance.uniform(2, 5) + 1.5 * chance.field(9) + chance.field(4)
+    rim = chance.uniform(2, 5) + 1.5 * head.field(9) + head.field(4)
     if chance.uniform(0, 1) < 0.15:
-        rim = rim - 100  # no enhancement: low grade
+        rim -= 100  # no enhancement: low grade
     necrosis = core * torch.sigmoid((depth - rim) / edge)
 
     # Edema seeps from the core through white matter: a front that cortex and fluid hold back.
-    stride = max(1, round(2 / chance.spacing))
+    stride = max(1, round(2 / head.spacing))
     loose = brain[Tissue.WHITE] + 0.4 * brain[Tissue.DEEP] + 0.3 * brain[Tissue.CORTEX]
-    passes = 0.3 + 0.7 * _coarse(loose * mask, stride)
-    source = level = _coarse(core, stride)
+    passes = 0.3 + 0.7 * _coarse(head.put(loose), stride)
+    source = level = _coarse(head.put(core), stride)
     for _ in range(20):
-        level = torch.maximum(source, passes * functional.avg_pool3d(level, 3, 1, 1))
-    level = _fine(level.clamp(min=1e-9).log(), stride, chance.shape)
+        level = torch.maximum(source, passes * _mean(level))
+    level = head.take(_fine(level.clamp(min=1e-9).log(), stride, head.box.size))
     extent = chance.uniform(2, 10)
-    edema = torch.sigmoid((level + extent + 0.8 * chance.field(6)) / 0.6) * loose * (1 - core)
+    edema = torch.sigmoid((level + extent + 0.8 * head.field(6)) / 0.6) * loose * (1 - core)
 
-    segmentation = torch.zeros(chance.shape, dtype=torch.uint8, device=chance.device)
-    segmentation[edema > 0.35] = ED
-    segmentation[core > 0.5] = ET
-    segmentation[(core > 0.5) & (necrosis > core / 2)] = NCR
-    return torch.stack([necrosis, core - necrosis, edema]), segmentation
+    labels = torch.zeros_like(core, dtype=torch.uint8)
+    labels.masked_fill_(edema > 0.35, ED).masked_fill_(core > 0.5, ET)
+    labels.masked_fill_((core > 0.5) & (necrosis > core / 2), NCR)
+    return torch.stack([necrosis, core - necrosis, edema]), labels
 
 
 def _mix(brain: Tensor, tumor: Tensor, blood: Tensor) -> Tensor:
-    """Fractions of all tissues (8, X, Y, Z), sum 1: the tumor in place of the brain."""
+    """Fractions of all tissues (8, N), sum 1: the tumor in place of the brain."""
     brain = brain.clone()
     brain[Tissue.CSF] -= blood
     healthy = torch.cat([brain, blood[None]]) * (1 - tumor.sum(0))
     return torch.cat([healthy, tumor])
 
 
-def _signals(fractions: Tensor, mask: Tensor, chance: Chance) -> dict[Modality, Tensor]:
-    """The signed signal (X, Y, Z) of each sequence, 0 outside the mask.
+def _signals(fractions: Tensor, head: Head) -> dict[Modality, Tensor]:
+    """The signed signal (N,) of each sequence.
 
     Relaxation times and sequences vary from case to case, and tissue a little from place to place.
     """
+    chance = head.chance
     field = 1.5 if chance.uniform(0, 1) < 0.5 else 3.0
     csf_t1 = RELAXATION[Tissue.CSF].t1(field)
     tr = chance.uniform(8000, 10000)
@@ -273,53 +327,54 @@ def _signals(fractions: Tensor, mask: Tensor, chance: Chance) -> dict[Modality, 
         Modality.T2W: partial(spin, tr=chance.uniform(3500, 8000), te=chance.uniform(80, 130)),
         Modality.T2F: partial(inversion_recovery, tr=tr, te=chance.uniform(90, 140), ti=ti),
     }
-    texture = torch.stack([0.04 * chance.field(25) + 0.025 * chance.field(4) for _ in range(3)])
-    lumps = 0.12 * chance.field(7) + 0.08 * chance.field(3)
-    uptake = {  # of contrast agent, mmol/l
-        Tissue.ENHANCING: chance.uniform(0.08, 0.35) * torch.exp(0.5 * chance.field(5)),
-        Tissue.BLOOD: chance.uniform(0.5, 2) * torch.ones_like(lumps),
+    texture = torch.stack([0.04 * head.field(25) + 0.025 * head.field(4) for _ in range(3)])
+    lumpy = texture + 0.12 * head.field(7) + 0.08 * head.field(3)
+    for local in (texture, lumpy):
+        local[2] /= 3  # water content varies less
+        local.exp_()
+    uptake: dict[Tissue, Tensor | float] = {  # of contrast agent, mmol/l
+        Tissue.ENHANCING: chance.uniform(0.08, 0.35) * torch.exp(0.5 * head.field(5)),
+        Tissue.BLOOD: chance.uniform(0.5, 2),
     }
-    signals = {modality: torch.zeros(chance.shape, device=chance.device) for modality in sequences}
+    signals = {modality: torch.zeros_like(head.midline) for modality in sequences}
     for tissue, relaxation in RELAXATION.items():
         sizes = relaxation.t1(field), relaxation.t2, relaxation.pd
-        spread = 0.15 if tissue in TUMOR else 0.06
-        where = mask & (fractions[tissue] > 1e-3)
-        local = texture[:, where] + (lumps[where] if tissue in TUMOR else 0)
-        local[2] /= 3  # water content varies less
+        spread, local = (0.15, lumpy) if tissue in TUMOR else (0.06, texture)
         t1, t2, pd = (
-            size * math.exp(chance.uniform(-spread, spread)) * change.exp()
+            size * math.exp(chance.uniform(-spread, spread)) * change
             for size, change in zip(sizes, local, strict=True)
         )
         for modality, sequence in sequences.items():
             gadolinium = modality is Modality.T1C and tissue in uptake
-            now = enhanced(t1, uptake[tissue][where]) if gadolinium else t1
-            signals[modality][where] += fractions[tissue][where] * sequence(now, t2, pd)
+            now = enhanced(t1, uptake[tissue]) if gadolinium else t1
+            signals[modality].addcmul_(fractions[tissue], sequence(now, t2, pd))
     return signals
 
 
-def _acquire(signal: Tensor, mask: Tensor, chance: Chance) -> Tensor:
-    """Magnitude image (X, Y, Z): bias field, slices of some thickness, Rician noise.
+def _acquire(signal: Tensor, head: Head) -> Tensor:
+    """Magnitude image (N,): bias field, slices of some thickness, Rician noise.
 
     Half of the images have slices of 1 mm, or of one voxel where that is more.
     """
-    bias = torch.exp(chance.uniform(0.03, 0.15) * chance.field(70))
+    chance = head.chance
+    noise = chance.uniform(0.01, 0.05) * signal.abs().median()
+    signal = signal * torch.exp(chance.uniform(0.03, 0.15) * head.field(70))
     axis = 2 if chance.uniform(0, 1) < 0.8 else int(chance.uniform(0, 3))
     thick = chance.uniform(1, 6 if axis == 2 else 4) if chance.uniform(0, 1) < 0.5 else 1
-    noise = chance.uniform(0.01, 0.05) * signal[mask].abs().median()
-    step = max(thick, chance.spacing)
-    place = torch.arange(signal.shape[axis], device=chance.device) * chance.spacing
-    slices = torch.arange(0, float(place[-1]) + step, step, device=chance.device)
-    apart = (place[:, None] - slices) / step
+    if thick <= head.spacing:
+        return rician(signal, noise * chance.normal(2, *signal.shape))
+    mm = head.box.size[axis] * head.spacing
+    place = torch.arange(head.box.size[axis], device=chance.device) * head.spacing
+    slices = torch.arange(math.ceil(mm / thick) + 1, device=chance.device) * thick
+    apart = (place[:, None] - slices) / thick
     profile = torch.exp(-((apart / 0.42) ** 2) / 2)  # full width at half maximum: one slice
-    if step == chance.spacing:
-        profile = (apart.abs() < 0.5).float()
-    inside = torch.tensordot(mask.float(), profile, dims=([axis], [0]))
-    acquired = torch.tensordot(signal * bias * mask, profile, dims=([axis], [0]))
+    inside = torch.tensordot(head.put(torch.ones_like(signal)), profile, dims=([axis], [0]))
+    acquired = torch.tensordot(head.put(signal), profile, dims=([axis], [0]))
     acquired /= inside.clamp(min=1e-3)  # the brain alone: what was around it is stripped later
-    image = rician(acquired, chance.normal(2, *acquired.shape) * noise)
+    image = rician(acquired, noise * chance.normal(2, *acquired.shape))
     between = (1 - apart.abs()).clamp(min=0)
     resampled: Tensor = torch.tensordot(image, between, dims=([2], [1]))
-    return resampled.movedim(-1, axis)
+    return head.take(resampled.movedim(-1, axis))
 
 
 def rician(signal: Tensor, noise: Tensor) -> Tensor:
@@ -327,20 +382,30 @@ def rician(signal: Tensor, noise: Tensor) -> Tensor:
     return torch.hypot(signal + noise[0], noise[1])
 
 
+def _between(nodes: Tensor, stride: int) -> Tensor:
+    """(3, X, Y, Z) at every `stride`-th voxel -> at every voxel from the first to the last."""
+    size = [(n - 1) * stride + 1 for n in nodes.shape[1:]]
+    return functional.interpolate(nodes[None], size, mode="trilinear", align_corners=True)[0]
+
+
 def _coarse(volume: Tensor, stride: int) -> Tensor:
-    """(X, Y, Z) -> (1, 1, X/stride, ...), block means."""
-    return functional.avg_pool3d(volume[None, None], stride, ceil_mode=True)
+    """(X, Y, Z) -> (X/stride, ...), block means."""
+    return functional.avg_pool3d(volume[None, None], stride, ceil_mode=True)[0, 0]
 
 
 def _fine(volume: Tensor, stride: int, shape: Shape) -> Tensor:
-    """(1, 1, X/stride, ...) -> (X, Y, Z), linear; back from `_coarse`."""
-    fine: Tensor = functional.interpolate(volume, scale_factor=stride, mode="trilinear")
+    """(X/stride, ...) -> (X, Y, Z), linear; back from `_coarse`."""
+    fine: Tensor = functional.interpolate(volume[None, None], scale_factor=stride, mode="trilinear")
     return fine[0, 0, : shape[0], : shape[1], : shape[2]]
 
 
-def _fit(volume: Tensor, shape: Shape) -> Tensor:
-    """Zeros around, to `shape`."""
-    pads: list[int] = []
-    for n, wanted in zip(reversed(volume.shape), reversed(shape), strict=True):
-        pads += [(wanted - n) // 2, wanted - n - (wanted - n) // 2]
-    return functional.pad(volume, pads)
+def _mean(volume: Tensor) -> Tensor:
+    """(X, Y, Z) of 3 x 3 x 3 neighbors, zeros around. Several times as fast as `avg_pool3d`."""
+    total = functional.pad(volume, [1] * 6)
+    for axis, n in enumerate(volume.shape):
+        total = total.narrow(axis, 0, n) + total.narrow(axis, 1, n) + total.narrow(axis, 2, n)
+    return total / 27
+
+
+def _slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(a, a + n) for a, n in zip(box.start, box.size, strict=True))

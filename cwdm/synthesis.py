@@ -70,7 +70,7 @@ class Synthesizer:
                 f"{model.path}: a model for {', '.join(config.targets)}, "
                 f"expected one for {self.target}"
             )
-        if config.conditioning != "others":
+        if not config.conditional:
             raise InputError(
                 f"{model.path}: {config.name} is given no other sequences of a case (conditioning "
                 f"= '{config.conditioning}'), expected a model for cwdm synthesize"
@@ -139,6 +139,7 @@ class Synthesizer:
             {m: image[None, None].to(engine.device) for m, image in prepared.images.items()},
             target,
             config.transform,
+            availability=config.conditioning == "any",
         )
         stream = published.noise_stream if compat else noise_stream
         draw = stream((1, config.transform.channels, *cond.shape[2:]), seed, engine.device)

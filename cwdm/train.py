@@ -1,38 +1,54 @@
-"""Training: the published loss on patches, step by step, resumable at any checkpoint.
+"""Training: the published loss on blocks of cases, step by step, on any number of processes.
 
-What step n does depends on (seed, n), the weights and the optimizer only, so that a resumed run
-equals an uninterrupted one.
+What step n does depends on (seed, n), the weights and the optimizer only: a resumed run equals an
+uninterrupted one, and several processes with one batch between them equal one.
 """
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint as recomputed
 from torch.utils.data import DataLoader
 
-from cwdm.case import Case
 from cwdm.checkpoints import read_weights
-from cwdm.conditioning import condition
 from cwdm.config import Config, Training
-from cwdm.dataset import TrainingBlocks
+from cwdm.dataset import Key, Lanes, Sample, Source, TrainingData, inputs
+from cwdm.denoiser import Denoiser
+from cwdm.engine import choose_bf16, choose_device
 from cwdm.errors import InputError
-from cwdm.files import atomic_write
 from cwdm.intensity import NORMALIZATIONS, ScalePrior
 from cwdm.losses import band_loss, structure_loss
-from cwdm.modality import Modality, others
-from cwdm.model import CHECKPOINT_SUFFIXES, build_denoiser, load_model, save_model, to_bytes
+from cwdm.memory import footprint
+from cwdm.modality import Modality
+from cwdm.model import CHECKPOINT_SUFFIXES, build_denoiser, load_model, save_model
+from cwdm.run import BEST, CONFIG, DATA, MODEL, STEPS, VALIDATION, Checkpoint, RunFolder
+from cwdm.unet import ResBlock
+from cwdm.validation import HeldOut, Validation
 
-__all__ = ["TrainStep", "train"]
+__all__ = ["Precision", "TrainStep", "launched", "needed", "train"]
 
-CHECKPOINT = "checkpoint.safetensors"
-MODEL = "model.safetensors"
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+_SIMULATED = 8
+"""Simulated cases that the scale priors are learnt from where there are no others."""
+_LARGE_BRAIN = (160, 192, 160)
+"""Voxels of 1 mm, rounded up to what most networks can halve."""
+_SKIPS = 20
+"""Half precision overflows at times; so often in a row only what diverges does."""
+_PATIENCE = timedelta(hours=6)
+"""How long processes wait for one that validates or prepares data."""
 
 
 class TrainStep(NamedTuple):
@@ -43,128 +59,320 @@ class TrainStep(NamedTuple):
     loss: float
     """What was minimized: the weighted mean over bands."""
     loss_per_band: Tensor
-    """(8,) mean squared error of each band."""
+    """(channels,) mean squared error of each band."""
     seconds: float
+    validation: Mapping[str, Any] | None = None
+    """Its record, after a step that was followed by a validation."""
 
 
 def train(
     config: Config,
-    cases: Sequence[Case],
+    sources: Sequence[Source],
     run_dir: Path,
     *,
-    device: torch.device,
-    bf16: bool = False,
-    resume: bool = False,
+    held_out: HeldOut | None = None,
+    device: str = "auto",
+    precision: Precision = "auto",
     compiled: bool = False,
     init: Path | None = None,
+    overfit: int = 0,
+    workers: int = 1,
+    tracker: str | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[TrainStep]:
-    """Train, yielding after every step; writes a checkpoint and the model into ``run_dir``.
+    """Train, yielding after every step; goes on where ``run_dir`` holds an unfinished run.
+
+    Started by ``accelerate launch`` or ``torchrun`` it is one of several processes, which share
+    each batch out among them.
 
     Args:
-        bf16: compute the network in bfloat16 (weights, loss and optimizer stay float32).
-        resume: continue from the checkpoint in ``run_dir`` if there is one.
+        held_out: cases to validate on every ``training.validate_every`` steps.
+        precision: of the network; weights, loss and optimizer stay float32.
         compiled: compile the network with torch.compile first.
         init: start from the weights of this model instead of random ones.
+        overfit: learn one block of this many cases by heart, see ``TrainingData``.
+        workers: processes that make samples ahead of time; 0 makes them here.
+        tracker: "tensorboard", "wandb", "mlflow" or whatever else accelerate knows.
+        stop: asked after every step; the run then saves itself and ends.
 
     Raises:
-        InputError: ``run_dir`` holds a run and ``resume`` is off, or a run of another
-            configuration; or the cases cannot be used.
+        InputError: ``run_dir`` is in use, or holds a run of another configuration or on other
+            data; the cases cannot be used; the disk is full.
     """
     if config.conditioning == "inpainting":
         raise InputError(
             f"{config.name}: cwdm cannot train an inpainting model, expected conditioning = "
-            "'others' or 'none'"
+            "'others', 'any' or 'none'"
         )
+    place = choose_device(device)
+    if place.type == "cuda" and place.index is not None:
+        torch.cuda.set_device(place)
+    launched(device)  # first, as it knows how long to wait
+    accelerator = Accelerator(cpu=place.type == "cpu", log_with=tracker, project_dir=run_dir)
     settings = config.training
-    checkpoint = run_dir / CHECKPOINT
-    if checkpoint.exists() and not resume:
-        raise InputError(f"{run_dir}: already holds a run, expected a new folder or --resume")
-    torch.manual_seed(settings.seed)
-    denoiser = build_denoiser(config).to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    if init is not None:
-        _start_from(init, config, denoiser)
-    average = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
-    optimizer = torch.optim.AdamW(denoiser.parameters(), settings.learning_rate, weight_decay=0.0)
-    done = _restore(checkpoint, config, denoiser, average, optimizer) if checkpoint.exists() else 0
-
-    times = config.process.timesteps(settings.timesteps)[:-1]
-    data = TrainingBlocks(cases, config)
-    priors = {target: ScalePrior.learn(target, data.scales) for target in config.targets}
-    low = NORMALIZATIONS[config.images.normalization].background
-    weights = torch.tensor(settings.band_weights, device=device)
-    network: Callable[..., Tensor] = torch.compile(denoiser) if compiled else denoiser
-    for step, images in _batches(data, done, settings):
-        start_of_step = time.perf_counter()
-        generator = torch.Generator().manual_seed(settings.seed * 2**32 + step)
-        rate = _learning_rate(step, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        by_modality = dict(
-            zip(config.modalities, images.to(device).unsqueeze(2).unbind(1), strict=True)
-        )
-        target, label = _draw_target(config, len(images), generator)
-        target_image = by_modality.pop(target)
-        x_0 = config.transform.encode(target_image)
-        cond = None
-        if config.conditioning == "others":
-            _drop(by_modality, target, settings.drop_conditions, generator)
-            cond = condition(by_modality, target, config.transform)
-        t = _draw_times(len(images), times, settings, generator).to(device)
-        noise = torch.randn(x_0.shape, generator=generator).to(device)
-        start = denoiser.start(noise, cond)
-        x_t = config.process.mix(x_0, start, noise, t)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            output = network(x_t, t, cond, None if label is None else label.to(device))
-        losses = band_loss(output, denoiser.goal(x_0, start, cond))
-        loss = (losses * weights).mean()
-        if settings.structure_weight:
-            image = config.transform.decode(denoiser.x_0(output.float(), x_t, t, cond))
-            loss = loss + settings.structure_weight * structure_loss(image, target_image, low)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        average.update_parameters(denoiser)
-        if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.iterations:
-            averaged = average.module.get_submodule("backbone").state_dict()
-            half = {name: tensor.half() for name, tensor in averaged.items()}
-            save_model(config, half, priors, run_dir / MODEL, overwrite=True)
-            _save(checkpoint, config, denoiser, average, optimizer, step + 1)  # last: it is done
-        seconds = time.perf_counter() - start_of_step
-        yield TrainStep(step + 1, loss.item(), losses.detach(), seconds)
-
-
-def _start_from(path: Path, config: Config, denoiser: nn.Module) -> None:
-    """Take over the weights of a model of the same network, whatever its target."""
-    foreign = path.suffix in CHECKPOINT_SUFFIXES
-    weights = read_weights(path) if foreign else load_model(path).denoiser.backbone.state_dict()
+    data = TrainingData(sources, config, overfit=overfit)
+    facts = _facts(sources, data)
+    lanes = partial(Lanes, config, rank=accelerator.process_index, world=accelerator.num_processes)
+    lanes(0)  # complains at once
+    state = _State.fresh(config, accelerator.device, _dtype(precision, accelerator.device))
+    run = RunFolder(run_dir, main=accelerator.is_main_process)
     try:
-        denoiser.get_submodule("backbone").load_state_dict(weights)
-    except RuntimeError as error:
-        raise InputError(
-            f"{path}: has another network than {config.name}, expected the same"
-        ) from error
-
-
-def _batches(
-    data: TrainingBlocks, first_step: int, settings: Training
-) -> Iterator[tuple[int, Tensor]]:
-    """(step, images (B, 4, X, Y, Z)) from ``first_step`` on, made ahead in another process."""
-    per_block = data.patches_per_block // settings.batch
-    if per_block == 0 or data.patches_per_block % settings.batch:
-        raise InputError(
-            f"training.batch = {settings.batch} does not divide the {data.patches_per_block} "
-            "patches of a block (cases_per_block * patches_per_case)"
+        accelerator.wait_for_everyone()
+        if (checkpoint := run.latest(config, facts)) is not None:
+            state.restore(checkpoint)
+        elif init is not None:
+            _start_from(init, config, state)
+        priors = _priors(config, data)
+        validation = Validation(
+            config,
+            data,
+            held_out,
+            accelerator,
+            run_dir / "validation",
+            "fp32" if precision == "fp16" else precision,
         )
-    blocks = range(first_step // per_block, -(-settings.iterations // per_block))
-    loader = DataLoader(
-        data, sampler=blocks, batch_size=None, num_workers=1, prefetch_factor=1,
-        multiprocessing_context="fork",
-    )  # fmt: skip
-    for block, patches in zip(blocks, loader, strict=True):
-        for i, images in enumerate(patches.split(settings.batch)):
-            step = block * per_block + i
-            if first_step <= step < settings.iterations:
-                yield step, images
+        if accelerator.is_main_process:
+            run.write(CONFIG, config.as_dict())
+            run.write(DATA, {**facts, **validation.statistics()})
+            run.rewind(state.step)
+        if tracker:
+            accelerator.init_trackers(
+                "curves", init_kwargs={"tensorboard": {"purge_step": state.step}}
+            )
+        network: nn.Module = accelerator.prepare(state.denoiser)
+        if settings.recompute:
+            _recompute(state.denoiser)
+        if compiled:
+            network = torch.compile(network)  # type: ignore[assignment]
+        for step, keys, parts in _batches(data, lanes(state.step), settings, workers, place):
+            began = time.perf_counter()
+            result = _step(config, state, network, accelerator, step, keys, parts)
+            result["seconds"] = time.perf_counter() - began
+            stopping = bool(_shared(accelerator, torch.tensor(float(stop()))))
+            last = state.step == settings.iterations
+            record: Mapping[str, Any] | None = None
+            if state.step % validation.every == 0 or (last and validation.due_at_the_end):
+                record = validation(state.step, state.denoiser, state.smooth, priors)
+                stopping = stopping or validation.knows_by_heart(record)
+            if accelerator.is_main_process:
+                run.append(STEPS, {"step": state.step, **result})
+                if record is not None:
+                    run.append(VALIDATION, record)
+                    if state.improved(record):
+                        _save_model(config, state, priors, run_dir / BEST)
+                if state.step % settings.checkpoint_every == 0 or last or stopping:
+                    _save_model(config, state, priors, run_dir / MODEL)
+                    run.save(config, facts, state.checkpoint(), settings.keep)  # last: it is done
+            if tracker:
+                accelerator.log(_curves(result, record), step=state.step)
+            bands = torch.tensor(result["bands"])
+            yield TrainStep(state.step, result["loss"], bands, result["seconds"], record)
+            if stopping:
+                break
+    finally:
+        if tracker:
+            accelerator.end_training()
+        run.close()
+
+
+def launched(device: str) -> PartialState:
+    """This process among those that were started together; it is one where there are no others."""
+    return PartialState(cpu=choose_device(device).type == "cpu", timeout=_PATIENCE)
+
+
+def needed(
+    config: Config, precision: Precision, device: str
+) -> tuple[int, int, tuple[int, int, int]]:
+    """(parameters, bytes that a step takes on one process, voxels of a training image).
+
+    Where neither a patch nor a size is set, an image is that of a large brain.
+    """
+    place = choose_device(device)
+    settings, factor = config.training, config.transform.factor
+    size = settings.patch or config.images.size or _LARGE_BRAIN
+
+    def build() -> nn.Module:
+        network = build_denoiser(config).backbone
+        if settings.recompute:
+            _recompute(network)
+        return network
+
+    parts = settings.batch // settings.accumulation
+    shape = (parts, config.in_channels, *(n // factor for n in size))
+    found = footprint(
+        build,
+        shape,
+        channels=config.transform.channels,
+        bf16=_dtype(precision, place) is not torch.float32,
+        training=True,
+        device=place,
+    )
+    parameters = sum(parameter.numel() for parameter in build().parameters())
+    return parameters, found.total, size
+
+
+@dataclass(eq=False)
+class _State:
+    """What a checkpoint holds."""
+
+    denoiser: Denoiser
+    average: AveragedModel
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    dtype: torch.dtype
+    step: int = 0
+    best: float = field(default=-math.inf)
+    """Of the validations so far."""
+    skipped: int = 0
+    """Steps since the last one with a finite gradient."""
+
+    @classmethod
+    def fresh(cls, config: Config, device: torch.device, dtype: torch.dtype) -> "_State":
+        torch.manual_seed(config.training.seed)
+        denoiser = build_denoiser(config)
+        denoiser.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        average = AveragedModel(
+            denoiser, multi_avg_fn=get_ema_multi_avg_fn(config.training.ema)
+        ).eval()
+        rate = config.training.learning_rate
+        optimizer = torch.optim.AdamW(denoiser.parameters(), rate, weight_decay=0.0)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+        return cls(denoiser, average, optimizer, scaler, dtype)
+
+    @property
+    def smooth(self) -> Denoiser:
+        """With the average weights."""
+        return cast(Denoiser, self.average.module)
+
+    def checkpoint(self) -> Checkpoint:
+        tensors = {f"network.{k}": v for k, v in self.denoiser.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in slots.items()}
+        notes = {"scaler": self.scaler.state_dict(), "best": self.best}
+        return Checkpoint(self.step, tensors, notes)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {
+                name.removeprefix(prefix): value
+                for name, value in checkpoint.tensors.items()
+                if name.startswith(prefix)
+            }
+
+        self.denoiser.load_state_dict(part("network."))
+        self.average.load_state_dict(part("average."))
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, value in part("optimizer.").items():
+            index, _, slot = name.partition(".")
+            slots.setdefault(int(index), {})[slot] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        self.scaler.load_state_dict(checkpoint.notes["scaler"])
+        self.best = checkpoint.notes["best"]
+        self.step = checkpoint.step
+
+    def improved(self, record: Mapping[str, Any]) -> bool:
+        """Whether a validation is the best so far: by PSNR, or by the error where there is none."""
+        scores = [score["psnr"] for score in record["scores"]]
+        errors = record["held_out"] or record["fitted"]
+        value = float(np.mean(scores)) if scores else -float(np.mean(errors))
+        better = value > self.best
+        self.best = max(value, self.best)
+        return better
+
+
+def _step(
+    config: Config,
+    state: _State,
+    network: nn.Module,
+    accelerator: Accelerator,
+    step: int,
+    keys: Sequence[Sequence[Key]],
+    parts: Sequence[Sample],
+) -> dict[str, Any]:
+    """One step of the optimizer; returns its record, the same on every process."""
+    settings, device = config.training, accelerator.device
+    torch.manual_seed(_seed(settings.seed, step, accelerator.process_index, 2))  # for dropout
+    weights = torch.tensor(settings.band_weights, device=device)
+    rate = _learning_rate(step, settings)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    state.optimizer.zero_grad(set_to_none=True)
+    bands, times, losses = [], [], []
+    for i, (part_keys, part) in enumerate(zip(keys, parts, strict=True)):
+        draws = [
+            torch.Generator(device).manual_seed(_seed(settings.seed, *key, 1)) for key in part_keys
+        ]
+        last = i == len(parts) - 1
+        with nullcontext() if last else accelerator.no_sync(network):
+            loss, errors, t = _losses(config, state, network, part, draws, weights)
+            state.scaler.scale(loss / len(parts)).backward()
+        bands.append(errors)
+        times.append(t)
+        losses.append(loss.detach())
+    state.scaler.unscale_(state.optimizer)
+    norm = nn.utils.clip_grad_norm_(state.denoiser.parameters(), settings.clip or math.inf)
+    if torch.isfinite(norm):
+        state.scaler.step(state.optimizer)
+        state.skipped = 0
+    else:
+        state.skipped += 1
+        if state.skipped == _SKIPS:
+            raise InputError(
+                f"the gradient is not finite in {_SKIPS} steps up to {step + 1}, expected a lower "
+                "training.learning_rate or --precision fp32"
+            )
+    state.scaler.update()
+    state.average.update_parameters(state.denoiser)
+    state.step = step + 1
+    every_band = accelerator.gather(torch.cat(bands))
+    mean = accelerator.reduce(torch.stack(losses).mean(), "mean")
+    return {
+        "loss": float(mean),
+        "bands": every_band.mean(dim=0).tolist(),
+        "times": accelerator.gather(torch.cat(times)).tolist(),
+        "errors": every_band.mean(dim=1).tolist(),
+        "rate": rate,
+        "norm": float(norm) if torch.isfinite(norm) else None,
+    }
+
+
+def _losses(
+    config: Config,
+    state: _State,
+    network: nn.Module,
+    samples: Sample,
+    draws: Sequence[torch.Generator],
+    weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is minimized, the error of each band (B, channels), and the times (B,)."""
+    settings, process, denoiser = config.training, config.process, state.denoiser
+    device = weights.device
+    target_image, cond, label = inputs(config, samples, device)
+    x_0 = config.transform.encode(target_image)
+    t = torch.tensor([_draw_time(config, draw) for draw in draws], device=device)
+    shape = x_0.shape[1:]
+    noise = torch.stack([torch.randn(shape, generator=draw, device=device) for draw in draws])
+    start = denoiser.start(noise, cond)
+    x_t = process.mix(x_0, start, noise, t)
+    with torch.autocast(device.type, state.dtype, enabled=state.dtype is not torch.float32):
+        output = network(x_t, t, cond, label)
+    errors = band_loss(output, denoiser.goal(x_0, start, cond))
+    loss = (errors * weights).mean()
+    if settings.structure_weight:
+        low = NORMALIZATIONS[config.images.normalization].background
+        image = config.transform.decode(denoiser.x_0(output.float(), x_t, t, cond))
+        loss = loss + settings.structure_weight * structure_loss(image, target_image, low)
+    return loss, errors.detach(), t
+
+
+def _draw_time(config: Config, draw: torch.Generator) -> int:
+    """In 1..T: T with probability ``noise_share``, else one of the times to train on."""
+    times = config.process.timesteps(config.training.timesteps)[:-1]
+    index = int(torch.randint(len(times), (1,), generator=draw, device=draw.device))
+    pure = float(torch.rand((), generator=draw, device=draw.device)) < config.training.noise_share
+    return times[0 if pure else index]
 
 
 def _learning_rate(step: int, settings: Training) -> float:
@@ -175,89 +383,123 @@ def _learning_rate(step: int, settings: Training) -> float:
     return rate
 
 
-def _draw_target(
-    config: Config, n: int, generator: torch.Generator
-) -> tuple[Modality, Tensor | None]:
-    """What this step makes and, for a model of several targets, its label (n,)."""
-    if len(config.targets) == 1:
-        return config.targets[0], None
-    index = int(torch.randint(len(config.targets), (1,), generator=generator))
-    return config.targets[index], torch.full((n,), index)
+def _seed(*numbers: int) -> int:
+    """One seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _draw_times(
-    n: int, times: Sequence[int], settings: Training, generator: torch.Generator
-) -> Tensor:
-    """(n,) times in 1..T: T with probability ``noise_share``, else one of ``times``."""
-    t = torch.tensor(times)[torch.randint(len(times), (n,), generator=generator)]
-    pure = torch.rand(n, generator=generator) < settings.noise_share
-    return torch.where(pure, times[0], t)
+def _dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """Of the network's arithmetic."""
+    if precision == "fp16":
+        return torch.float16
+    return torch.bfloat16 if choose_bf16(precision, device) else torch.float32
 
 
-def _drop(
-    images: dict[Modality, Tensor],
-    target: Modality,
-    probability: float,
-    generator: torch.Generator,
-) -> None:
-    """Take conditioning images away; one always stays."""
-    order = torch.randperm(3, generator=generator).tolist()
-    chances = torch.rand(2, generator=generator).tolist()
-    for index, chance in zip(order, chances, strict=False):
-        if chance >= probability:
-            break
-        del images[others(target)[index]]
+def _shared(accelerator: Accelerator, value: Tensor) -> float:
+    """The sum over all processes."""
+    return float(accelerator.reduce(value.to(accelerator.device), "sum"))
 
 
-def _save(
-    path: Path,
-    config: Config,
-    network: nn.Module,
-    average: AveragedModel,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-) -> None:
-    """Everything a run needs to go on, atomically."""
-    tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
-    tensors |= {f"average.{k}": v for k, v in average.state_dict().items()}
-    for index, slots in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in slots.items()}
-    metadata = {"config": json.dumps(config.as_dict()), "step": str(step)}
-    with atomic_write(path, overwrite=True) as temporary:
-        temporary.write_bytes(to_bytes(tensors, metadata))
-
-
-def _restore(
-    path: Path,
-    config: Config,
-    network: nn.Module,
-    average: AveragedModel,
-    optimizer: torch.optim.Optimizer,
-) -> int:
-    """Load what ``_save`` wrote; returns the number of steps done."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a readable checkpoint: {error}") from error
-    if not metadata or not {"config", "step"} <= metadata.keys():
-        raise InputError(f"{path}: not a checkpoint of cwdm train")
-    saved = Config.parse(json.loads(metadata["config"]), str(path)).as_dict()
-    if saved != config.as_dict():
-        differing = [key for key, value in config.as_dict().items() if saved.get(key) != value]
-        raise InputError(f"{path}: of a run with other settings ({', '.join(differing)})")
-
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-    network.load_state_dict(part("network."))
-    average.load_state_dict(part("average."))
-    slots: dict[int, dict[str, Tensor]] = {}
-    for name, value in part("optimizer.").items():
-        index, _, slot = name.partition(".")
-        slots.setdefault(int(index), {})[slot] = value
-    optimizer.load_state_dict(
-        {"state": slots, "param_groups": optimizer.state_dict()["param_groups"]}
+def _batches(
+    data: TrainingData, lanes: Lanes, settings: Training, workers: int, device: torch.device
+) -> Iterator[tuple[int, list[list[Key]], list[Sample]]]:
+    """(step, keys of each part, its samples), made ahead in other processes."""
+    # what simulates on a GPU needs processes of its own there, which cannot be forked
+    method = "spawn" if data.endless and device.type == "cuda" else "fork"
+    loader = DataLoader(
+        data,
+        batch_sampler=lanes,
+        num_workers=workers,
+        multiprocessing_context=method if workers else None,
+        worker_init_fn=_deaf,
     )
-    return int(metadata["step"])
+    samples = iter(loader)
+    keys = iter(lanes)
+    for step in lanes.steps:
+        yield (
+            step,
+            [next(keys) for _ in range(settings.accumulation)],
+            [next(samples) for _ in range(settings.accumulation)],
+        )
+
+
+def _deaf(worker: int) -> None:
+    """A signal to all processes of a job is for the one that can save; the others end with it."""
+    import signal
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _recompute(network: nn.Module) -> None:
+    """Keep only what enters each residual block (Chen et al. 2016, arXiv 1604.06174)."""
+    for module in network.modules():
+        if isinstance(module, ResBlock):
+            module.forward = partial(recomputed, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+
+def _priors(config: Config, data: TrainingData) -> dict[Modality, ScalePrior]:
+    """What predicts the scale of each target; learnt from acquired images if there are any."""
+    cases = data.cases or data.simulated(_SIMULATED)
+    scales = [case.scales[config.images.normalization] for case in cases]
+    priors = {}
+    for target in config.targets:
+        known = [each for each in scales if target in each]
+        if not known:
+            raise InputError(f"training needs cases with {target}, found none")
+        priors[target] = ScalePrior.learn(target, known)
+    return priors
+
+
+def _facts(sources: Sequence[Source], data: TrainingData) -> dict[str, Any]:
+    """What the run is trained on; another run on the same says the same."""
+    return {
+        "sources": [
+            {
+                "name": given.name,
+                "cases": len(used.cases) if isinstance(used.cases, Sequence) else None,
+                "weight": given.weight,
+            }
+            for given, used in zip(sources, data.sources, strict=True)
+        ],
+        "cases": len(data.cases),
+        "ids": sorted(case.id for case in data.cases),
+        "overfit": bool(data.overfit),
+    }
+
+
+def _start_from(path: Path, config: Config, state: _State) -> None:
+    """Take over the weights of a model of the same network, whatever its target."""
+    foreign = path.suffix in CHECKPOINT_SUFFIXES
+    weights = read_weights(path) if foreign else load_model(path).denoiser.backbone.state_dict()
+    try:
+        state.denoiser.backbone.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(
+            f"{path}: has another network than {config.name}, expected the same"
+        ) from error
+
+
+def _save_model(
+    config: Config, state: _State, priors: Mapping[Modality, ScalePrior], path: Path
+) -> None:
+    """The average weights, in half precision."""
+    weights = state.smooth.backbone.state_dict()
+    half = {name: tensor.half() for name, tensor in weights.items()}
+    save_model(config, half, priors, path, overwrite=True)
+
+
+def _curves(result: Mapping[str, Any], record: Mapping[str, Any] | None) -> dict[str, float]:
+    """What a tracker plots."""
+    names = ("loss", "rate", "norm", "seconds")
+    curves = {f"train/{name}": result[name] for name in names if result[name] is not None}
+    curves |= {f"train/band {i}": value for i, value in enumerate(result["bands"])}
+    if record is None:
+        return curves
+    for name in ("held_out", "fitted", "raw", "trivial"):
+        for t, value in zip(record["times"], record[name] or (), strict=False):
+            curves[f"{name}/t={t}"] = value
+    for score in record["scores"]:
+        for figure in ("psnr", "ssim", "mae"):
+            curves[f"{figure}/{score['case']} {score['modality']}"] = score[figure]
+    return curves

@@ -17,10 +17,11 @@ MODULES.pop("__init__")
 
 # A module imports from its own row and the rows below. The tensor row never opens a file.
 ROWS = {
-    "jobs": {"engine", "evaluate", "floors", "generation", "montage", "simulate", "synthesis"}
-    | {"train"},
-    "files and records": {"anatomy", "case", "checkpoints", "compat", "config", "dataset", "files"}
-    | {"hub", "intensity", "model", "preparation", "provenance", "volume"},
+    "jobs": {"diagnosis", "engine", "evaluate", "floors", "generation", "montage", "simulate"}
+    | {"endless", "synthesis", "train", "validation"},
+    "files and records": {"anatomy", "cache", "case", "checkpoints", "checks", "compat", "config"}
+    | {"dataset", "dicom", "files", "hub", "intensity", "layouts", "model", "preparation"}
+    | {"provenance", "run", "volume"},
     "tensors": {
         "coefficients",
         "conditioning",
@@ -50,6 +51,8 @@ HOMES = {
     "sklearn": {"floors"},
     "huggingface_hub": {"hub"},
     "pywt": {"wavelet"},
+    "SimpleITK": {"dicom"},
+    "accelerate": {"train", "validation"},
 }
 
 

@@ -6,18 +6,20 @@ import numpy as np
 import pytest
 import torch
 
+from cwdm.cache import fill, open_cache
 from cwdm.case import find_cases
 from cwdm.config import Config, presets
+from cwdm.dataset import Source
 from cwdm.engine import Engine
 from cwdm.errors import InputError
 from cwdm.intensity import NORMALIZATIONS
+from cwdm.layouts import find
 from cwdm.modality import Modality, others
 from cwdm.model import build_denoiser, load_model
 from cwdm.noise import noise_stream
 from cwdm.synthesis import Synthesizer
 from cwdm.train import train
 
-CPU = torch.device("cpu")
 PUBLISHED = {
     "cwdm-t1n": (394, 81_511_048),
     "cwdm-t1c": (394, 81_511_048),
@@ -44,10 +46,9 @@ def small(name):
     training = replace(
         config.training,
         iterations=2,
-        patch=(16, 16, 16) if config.conditioning == "others" else None,
-        patches_per_case=1,
-        cases_per_block=1,
+        patch=(16, 16, 16) if config.conditional else None,
         batch=1,
+        accumulation=1,
     )
     return replace(
         config,
@@ -58,14 +59,19 @@ def small(name):
 
 
 @pytest.fixture
-def cases(make_case, make_image, ball):
+def cases(make_case, make_image, ball, tmp_path):
     """Two cases with four small brains and two scans of something in air, as in CT."""
     for n in range(2):
         make_case(folder=f"data/c{n}", case_id=f"c{n}", voxels=ball((30, 28, 26)).astype(np.int16))
         body = ball((40, 36, 34))
         scan = np.where(body > 0, body * 2 - 200, -1024).astype(np.int16)
         folder = make_image(f"data/c{n}-chest/c{n}_chest-ct.nii.gz", voxels=scan).parents[1]
-    return find_cases(folder)
+    list(fill(find(folder), tmp_path / "cache"))
+    return find_cases(folder), [Source("cases", open_cache(tmp_path / "cache"))]
+
+
+def go(config, sources, run):
+    return list(train(config, sources, run, device="cpu", precision="fp32", workers=0))
 
 
 def test_the_published_ones_are_all_there():
@@ -80,18 +86,19 @@ def test_the_network_has_as_many_parameters_as_the_published_one(name):
     assert (len(network.state_dict()), count) == PUBLISHED[name]
 
 
-@pytest.mark.parametrize("name", [n for n in presets() if Config.read(n).conditioning == "others"])
+@pytest.mark.parametrize("name", [n for n in presets() if Config.read(n).conditional])
 def test_a_preset_trains_and_fills_in_every_sequence_it_is_for(name, cases, tmp_path):
     config = small(name)
-    steps = list(train(config, cases, tmp_path, device=CPU))
+    cases, sources = cases
+    steps = go(config, sources, tmp_path / "run")
     assert [step.step for step in steps] == [1, 2]
     assert all(np.isfinite(step.loss) for step in steps)
-    model = load_model(tmp_path / "model.safetensors")
+    model = load_model(tmp_path / "run" / "model.safetensors")
     assert model.config == config
     case = next(case for case in cases if Modality.T1N in case.images)
     for target in config.targets:
         synthesizer = Synthesizer(model, target, device="cpu", precision="fp32")
-        synthesis = synthesizer(case.without(target), seed=1, steps=2)
+        synthesis = synthesizer(case.without(target), seed=1, steps=min(2, config.process.steps))
         voxels, record = synthesis.volume.voxels, synthesis.provenance
         low, high = (
             getattr(NORMALIZATIONS[config.images.normalization], end) for end in ("low", "high")
@@ -103,14 +110,14 @@ def test_a_preset_trains_and_fills_in_every_sequence_it_is_for(name, cases, tmp_
         assert voxels[0, 0, 0] == 0
         assert record.target == target
         assert list(record.inputs) == list(others(target))
-    assert len(config.targets) == (4 if name == "wfm" else 1)
+    assert len(config.targets) == (4 if name in ("wfm", "small-any") else 1)
 
 
 @pytest.mark.parametrize("name", [n for n in presets() if Config.read(n).conditioning == "none"])
 def test_an_unconditional_preset_trains_and_makes_something_from_noise(name, cases, tmp_path):
     config = small(name)
-    assert all(np.isfinite(s.loss) for s in train(config, cases, tmp_path, device=CPU))
-    model = load_model(tmp_path / "model.safetensors")
+    assert all(np.isfinite(s.loss) for s in go(config, cases[1], tmp_path / "run"))
+    model = load_model(tmp_path / "run" / "model.safetensors")
     assert model.config == config
     assert set(model.priors) == {config.target}
     engine = Engine(model, device="cpu", precision="fp32")
@@ -126,7 +133,7 @@ def test_an_unconditional_preset_trains_and_makes_something_from_noise(name, cas
 
 def test_inpainting_cannot_be_trained_and_says_so(cases, tmp_path):
     with pytest.raises(InputError, match="cannot train an inpainting model") as caught:
-        next(train(Config.read("fastwdm-inpainting"), cases, tmp_path / "run", device=CPU))
+        go(Config.read("fastwdm-inpainting"), cases[1], tmp_path / "run")
     assert "fastwdm-inpainting" in str(caught.value)
     assert not (tmp_path / "run").exists()
 

@@ -1,0 +1,277 @@
+"""What is wrong with a case is found and named; what is merely different from case to case is not."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
+
+from cwdm.anatomy import find_label_maps, from_labels
+from cwdm.case import find_cases
+from cwdm.checks import Finding, findings
+from cwdm.modality import SEQUENCES, Modality
+from cwdm.simulate import simulate
+from cwdm.volume import Volume, brain_mask, new_volume, read_volumes
+
+Volumes = dict[Modality, Volume]
+Voxels = NDArray[np.float32]
+
+SHAPE, SPACING_MM = (56, 64, 52), 2.5
+
+
+def ellipsoid(shape: tuple[int, ...], scale: float = 0.84) -> NDArray[np.bool_]:
+    half = np.array(shape).reshape(3, 1, 1, 1) / 2
+    inside: NDArray[np.bool_] = (((np.indices(shape) + 0.5 - half) / half) ** 2).sum(0) < scale**2
+    return inside
+
+
+def volume(voxels: NDArray[np.floating], name: str, spacing: float = SPACING_MM) -> Volume:
+    affine = np.diag([spacing, spacing, spacing, 1.0])
+    return replace(new_volume(voxels, affine), path=Path(f"x-{name}.nii.gz"))
+
+
+@pytest.fixture(scope="module")
+def case() -> Volumes:
+    """Four contrasts of a brain of a liter, nearly symmetric; noise, and shading of its own each."""
+    rng = np.random.default_rng(0)
+    fields = ndimage.gaussian_filter(rng.normal(size=(2, *SHAPE)), (0, 1.5, 1.5, 1.5))
+    fields += 0.7 * fields[:, ::-1]
+    a, b = fields / fields.std()
+    signals = {
+        Modality.T1N: 500 + 60 * a,
+        Modality.T1C: 520 + 60 * a + 200 * (b > 1.5),
+        Modality.T2W: 700 - 120 * a + 40 * b,
+        Modality.T2F: 450 - 50 * a + 10 * a**2 + 40 * b,
+    }
+    inside, volumes = ellipsoid(SHAPE), {}
+    for modality, signal in signals.items():
+        shading = 1 + 0.2 * np.linspace(-1, 1, SHAPE[1])[:, None] * rng.normal()
+        signal = (signal * shading + 10 * rng.normal(size=SHAPE)).clip(1)
+        volumes[modality] = volume(np.where(inside, signal, 0), modality)
+    return volumes
+
+
+def moved(one: Volume, mm: float, degrees: float, seed: int = 0, *, strip: bool = False) -> Volume:
+    """The image moved in a random direction and turned about a random axis through the middle.
+
+    Args:
+        strip: mask it where the brain was before, as if it was stripped after it moved.
+    """
+    rng = np.random.default_rng(seed)
+    direction, axis = (each / np.linalg.norm(each) for each in rng.normal(size=(2, 3)))
+    turn = Rotation.from_rotvec(np.deg2rad(degrees) * axis).as_matrix()
+    spacing = np.linalg.norm(one.affine[:3, :3], axis=0)
+    matrix = turn * spacing / spacing[:, None]
+    middle = (np.array(one.voxels.shape) - 1) / 2
+    offset = middle - matrix @ middle + mm * direction / spacing
+    mask = brain_mask(one)
+    voxels = ndimage.affine_transform(one.voxels, matrix, offset, order=1)
+    inside = ndimage.affine_transform(mask.astype(np.float32), matrix, offset, order=1) > 0.5
+    return replace(one, voxels=np.where(inside & mask if strip else inside, voxels, 0))
+
+
+def changed(case: Volumes, modality: Modality, change: Callable[[Voxels], Voxels]) -> Volumes:
+    return {**case, modality: replace(case[modality], voxels=change(case[modality].voxels))}
+
+
+def kinds(volumes: Mapping[Modality, Volume]) -> list[str]:
+    return [each.kind for each in findings(volumes)]
+
+
+def test_a_fit_case_has_no_finding(case: Volumes) -> None:
+    assert findings(case) == []
+
+
+def test_no_image_and_one_image_have_no_finding(case: Volumes) -> None:
+    assert findings({}) == []
+    assert findings({Modality.T1N: case[Modality.T1N]}) == []
+
+
+# --- skull
+
+
+@pytest.mark.parametrize(
+    ("liters", "found"), [(1.0, False), (2.0, False), (2.4, True), (4.0, True)]
+)
+@pytest.mark.parametrize("spacing", [2.5, 4.0])
+def test_more_than_the_largest_brain_is_a_head(liters: float, found: bool, spacing: float) -> None:
+    edge = round((liters * 1e6) ** (1 / 3) / spacing)
+    voxels = np.pad(np.ones((edge,) * 3), 3)
+    exact = (edge * spacing) ** 3 / 1e6
+    message = (
+        f"x-t1n.nii.gz: found {exact:.1f} l that are not background, expected a skull-stripped "
+        f"brain of at most 2.2 l"
+    )
+    expected = [Finding("skull", message)] if found else []
+    assert findings({Modality.T1N: volume(voxels, "t1n", spacing)}) == expected
+
+
+def test_noise_around_the_head_counts_as_more_than_a_brain(case: Volumes) -> None:
+    rng = np.random.default_rng(1)
+    wide = np.pad(case[Modality.T2W].voxels, 10)
+    noisy = np.where(wide > 0, wide, rng.rayleigh(10, wide.shape))
+    (finding,) = findings({Modality.T2W: volume(noisy, "t2w")})
+    assert finding.kind == "skull"
+    assert finding.message.startswith("x-t2w.nii.gz: found 6.")
+
+
+def test_every_image_with_a_skull_is_named() -> None:
+    rng = np.random.default_rng(0)
+    head = {m: volume(rng.random((60, 60, 60)) + 1, m) for m in SEQUENCES[:2]}
+    for each in head.values():
+        each.voxels[:2] = 0
+    messages = [each.message for each in findings(head) if each.kind == "skull"]
+    assert [each.partition(":")[0] for each in messages] == ["x-t1n.nii.gz", "x-t1c.nii.gz"]
+
+
+# --- duplicates
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        lambda voxels: voxels,
+        lambda voxels: 0.25 * voxels,
+        lambda voxels: 1000 - voxels,
+        lambda voxels: np.rint(30 * voxels + 7),
+    ],
+    ids=["same", "scaled", "inverted", "rounded"],
+)
+def test_one_image_under_two_names_is_found(
+    case: Volumes, copy: Callable[[Voxels], Voxels]
+) -> None:
+    copied = replace(case[Modality.T2F], voxels=copy(case[Modality.T2W].voxels))
+    found = findings({**case, Modality.T2F: copied})
+    message = "x-t2w.nii.gz and x-t2f.nii.gz: found the same image twice, expected two modalities"
+    assert Finding("duplicate", message) in found
+
+
+def test_two_images_that_are_much_alike_are_two(case: Volumes) -> None:
+    rng = np.random.default_rng(0)
+    alike = changed(
+        {**case, Modality.T1C: case[Modality.T1N]},
+        Modality.T1C,
+        lambda voxels: voxels + 3 * rng.normal(size=voxels.shape) * (voxels > 0),
+    )
+    assert kinds(alike) == []
+
+
+# --- registration
+
+
+@pytest.mark.parametrize("modality", SEQUENCES)
+@pytest.mark.parametrize(("mm", "degrees"), [(4, 0), (0, 6), (10, 0), (0, 12), (4, 6)])
+def test_an_image_that_moved_is_named(
+    case: Volumes, modality: Modality, mm: float, degrees: float
+) -> None:
+    (finding,) = findings({**case, modality: moved(case[modality], mm, degrees)})
+    assert finding.kind == "registration"
+    assert finding.message.startswith(f"x-{modality}.nii.gz: found it about ")
+    assert finding.message.endswith("expected co-registered images")
+
+
+@pytest.mark.parametrize("mm", [4, 7])
+def test_the_displacement_is_told_in_millimeters(case: Volumes, mm: int) -> None:
+    (finding,) = findings({**case, Modality.T2W: moved(case[Modality.T2W], mm, 0, strip=True)})
+    assert f"about {mm} mm out of place" in finding.message
+
+
+@pytest.mark.parametrize("modality", SEQUENCES)
+def test_a_mirrored_image_is_named(case: Volumes, modality: Modality) -> None:
+    found = findings(changed(case, modality, lambda voxels: voxels[::-1].copy()))
+    message = (
+        f"x-{modality}.nii.gz: found left and right swapped with regard to the other images, "
+        f"expected one orientation"
+    )
+    assert found == [Finding("registration", message)]
+
+
+def test_two_images_are_enough(case: Volumes) -> None:
+    pair = {m: case[m] for m in (Modality.T1N, Modality.T2W)}
+    assert kinds(pair) == []
+    assert kinds({**pair, Modality.T2W: moved(pair[Modality.T2W], 6, 0)}) == ["registration"]
+
+
+def test_images_that_moved_together_are_aligned(case: Volumes) -> None:
+    assert kinds({m: moved(each, 6, 8) for m, each in case.items()}) == []
+
+
+def test_masks_that_differ_are_no_finding(case: Volumes) -> None:
+    smaller = ellipsoid(SHAPE, 0.75)
+    assert kinds(changed(case, Modality.T2F, lambda voxels: voxels * smaller)) == []
+
+
+def test_thick_slices_are_no_finding(case: Volumes) -> None:
+    thick = changed(
+        case, Modality.T2F, lambda voxels: ndimage.gaussian_filter(voxels, (0, 0, 1)) * (voxels > 0)
+    )
+    assert kinds(thick) == []
+
+
+def test_a_lesion_is_no_finding(case: Volumes) -> None:
+    bright = np.zeros(SHAPE, dtype=bool)
+    bright[20:34, 34:48, 24:36] = True
+    assert kinds(changed(case, Modality.T2F, lambda voxels: voxels + 400 * bright)) == []
+
+
+def test_what_is_too_small_to_judge_is_no_finding(case: Volumes) -> None:
+    shifted = {**case, Modality.T2F: moved(case[Modality.T2F], 8, 0)}
+    assert kinds(shifted) == ["registration"]
+    tiny = {m: volume(each.voxels, m, spacing=0.8) for m, each in shifted.items()}  # 33 ml
+    assert kinds(tiny) == []
+    slab = {m: volume(each.voxels[..., 16:36], m) for m, each in shifted.items()}
+    assert kinds(slab) == []
+
+
+def test_images_without_anything_in_common_are_not_compared() -> None:
+    halves = np.zeros((2, 40, 40, 40))
+    halves[0, 2:19, 2:38, 2:38] = 1 + np.random.default_rng(0).random((17, 36, 36))
+    halves[1, 21:38, 2:38, 2:38] = 1 + np.random.default_rng(1).random((17, 36, 36))
+    assert kinds({m: volume(v, m) for m, v in zip(SEQUENCES, halves, strict=False)}) == []
+
+
+# --- real and simulated cases
+
+
+def real_cases(shared: Path) -> Iterator[Volumes]:
+    for case in find_cases(shared / "data"):
+        yield read_volumes(case, case.images)
+
+
+@pytest.mark.slow
+def test_real_cases_have_no_finding(shared: Path) -> None:
+    for volumes in real_cases(shared):
+        assert findings(volumes) == []
+
+
+@pytest.mark.slow
+def test_simulated_cases_have_no_finding(shared: Path) -> None:
+    anatomies = find_label_maps(shared / "data" / "labelmaps")[:4]
+    for index, path in enumerate(anatomies):
+        simulated = simulate(5, index, from_labels(path))
+        images = {m: image.numpy() for m, image in simulated.images.items()}
+        assert kinds({m: volume(image, m, spacing=1.0) for m, image in images.items()}) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mm", "degrees"), [(3, 0), (0, 4), (4, 4)])
+def test_most_real_images_that_moved_are_found(shared: Path, mm: float, degrees: float) -> None:
+    found = []
+    for number, volumes in enumerate(real_cases(shared)):
+        modality = SEQUENCES[number % 4]
+        image = moved(volumes[modality], mm, degrees, seed=number, strip=number % 2 == 0)
+        found.append(kinds({**volumes, modality: image}) == ["registration"])
+    assert np.mean(found) > 0.8
+
+
+@pytest.mark.slow
+def test_real_images_that_are_mirrored_are_found(shared: Path) -> None:
+    for number, volumes in enumerate(real_cases(shared)):
+        modality = SEQUENCES[number % 4]
+        found = findings(changed(volumes, modality, lambda voxels: voxels[::-1].copy()))
+        assert [str(volumes[modality].path) in each.message for each in found] == [True]
+        assert "left and right swapped" in found[0].message
