@@ -29,7 +29,7 @@ __all__ = ["Endless", "Key", "Lanes", "Sample", "Source", "TrainingCase", "Train
 Key = tuple[int, int]
 """(step, lane)."""
 
-OVERFIT_PATCH = 64
+OVERFIT_PATCH = 32
 """Voxels along each axis, at most, that a run has to learn by heart."""
 
 

@@ -111,6 +111,12 @@ def train(
     accelerator = Accelerator(cpu=place.type == "cpu", log_with=tracker, project_dir=run_dir)
     settings = config.training
     data = TrainingData(sources, config, overfit=overfit)
+    if held_out and (
+        seen := {case.id for case in data.cases} & {case.id for case in held_out.cases}
+    ):
+        raise InputError(
+            f"case {min(seen)} is among the training and the held-out cases, expected other ones"
+        )
     facts = _facts(sources, data)
     lanes = partial(Lanes, config, rank=accelerator.process_index, world=accelerator.num_processes)
     lanes(0)  # complains at once

@@ -66,7 +66,7 @@ def cases(make_case, make_image, ball, tmp_path):
         body = ball((40, 36, 34))
         scan = np.where(body > 0, body * 2 - 200, -1024).astype(np.int16)
         folder = make_image(f"data/c{n}-chest/c{n}_chest-ct.nii.gz", voxels=scan).parents[1]
-    list(fill(find(folder), tmp_path / "cache"))
+    list(fill(find(folder), tmp_path / "cache", accept=frozenset({"duplicate"})))
     return find_cases(folder), [Source("cases", open_cache(tmp_path / "cache"))]
 
 
