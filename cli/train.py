@@ -115,18 +115,23 @@ def train(
 
     from cwdm.config import Config
     from cwdm.diagnosis import diagnose, read_run
+    from cwdm.errors import InputError
     from cwdm.run import MODEL
     from cwdm.train import launched
     from cwdm.train import train as steps
 
     settings = Config.read(config)
     if dry_run:
+        for name, _ in data:
+            path = Path(name.removeprefix("simulate").removeprefix(":"))
+            if not path.exists():
+                raise InputError(f"{path}: no such file or folder, expected cases")
         click.echo(_plan(settings, precision, device))
         return
     main = int(os.environ.get("RANK", "0")) == 0  # of the processes that were launched together
     with launched(device).main_process_first():  # the others find everything prepared
-        sources = _sources(data, settings, output, device)
-        held_out = _held_out(val, output) if val else None
+        sources = _sources(data, settings, output, device, main)
+        held_out = _held_out(val, output, main) if val else None
     signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, frame: signals.append(received))
@@ -171,13 +176,13 @@ def train(
 
 
 def _sources(
-    data: "Sequence[tuple[str, float]]", config: "Config", output: Path, device: str
+    data: "Sequence[tuple[str, float]]", config: "Config", output: Path, device: str, main: bool
 ) -> "list[Source]":
     """What each --data stands for; cases that are not prepared yet are, in the run's folder."""
     from cwdm.anatomy import find_label_maps
     from cwdm.dataset import Source
     from cwdm.endless import simulator
-    from cwdm.engine import choose_device
+    from cwdm.train import launched
 
     sources = []
     for number, (name, weight) in enumerate(data):
@@ -189,16 +194,16 @@ def _sources(
                 seed=training.seed,
                 per_case=training.patches_per_simulation,
                 normalization=config.images.normalization,
-                device=choose_device(device),
+                device=launched(device).device,
             )
             sources.append(Source(name, endless, weight))
         else:
-            cases = _prepared(Path(name), output / "cache" / str(number))
+            cases = _prepared(Path(name), output / "cache" / str(number), main)
             sources.append(Source(name, cases, weight))
     return sources
 
 
-def _prepared(path: Path, folder: Path) -> "list[CachedCase]":
+def _prepared(path: Path, folder: Path, main: bool) -> "list[CachedCase]":
     """The cases of a cache, or of anything else once it is one."""
     from cwdm.cache import is_cache, open_cache
     from cwdm.layouts import find
@@ -207,13 +212,16 @@ def _prepared(path: Path, folder: Path) -> "list[CachedCase]":
 
     if is_cache(path):
         return open_cache(path)
+    usable = set()
     for report in pack(find(path), folder):
-        if report.status == "left out":
+        if report.status != "left out":
+            usable.add(report.case)
+        elif main:
             click.echo(f"{report.case}: left out, {'; '.join(report.problems)}", err=True)
-    return open_cache(folder)
+    return [case for case in open_cache(folder) if case.id in usable]  # others were there before
 
 
-def _held_out(path: Path, output: Path) -> "HeldOut":
+def _held_out(path: Path, output: Path, main: bool) -> "HeldOut":
     from cwdm.cache import is_cache
     from cwdm.errors import InputError
     from cwdm.evaluate import complete_cases
@@ -222,7 +230,7 @@ def _held_out(path: Path, output: Path) -> "HeldOut":
 
     if is_cache(path):
         raise InputError(f"{path}: is a cache, expected the cases themselves to validate on")
-    prepared = _prepared(path, output / "cache" / "val")
+    prepared = _prepared(path, output / "cache" / "val", main)
     usable = {case.id for case in prepared}
     cases = complete_cases(case for case in find(path).cases if case.id in usable)
     return HeldOut(cases, prepared)

@@ -28,7 +28,7 @@ _SMALLEST_BRAIN_ML, _FEWEST_VOXELS = 50, 24
 """Of a brain, and along each axis of its grid: in less there is too little to align."""
 _FINE_MM, _COARSE_MM = 2.0, 6.0
 """Images are averaged to voxels of about this size: fine ones tell, coarse ones reach further."""
-_POINTS = 25_000
+_POINTS = 12_000
 """About how many voxels are compared."""
 _FEWEST_POINTS = 200
 """In fewer the others explain everything by chance."""

@@ -29,6 +29,7 @@ __all__ = ["Augmentation", "Config", "Images", "Orientation", "Sampling", "Train
 
 _CLOSED = ConfigDict(extra="forbid")
 
+Positive = Annotated[int, Field(ge=1)]
 Orientation = Literal["RAS", "LPS", "LAS"]
 
 
@@ -99,14 +100,14 @@ class Augmentation:
 class Training:
     """How a model is trained."""
 
-    iterations: int = 1_200_000
+    iterations: Positive = 1_200_000
     patch: tuple[int, int, int] | None = None
     """Voxels per training image; the whole brain if absent."""
-    batch: int = 1
+    batch: Positive = 1
     """Images per step, on all processes together."""
-    accumulation: int = 1
+    accumulation: Positive = 1
     """Parts a process computes its share of the batch in, one after the other."""
-    learning_rate: float = 1e-5
+    learning_rate: Annotated[float, Field(ge=0)] = 1e-5
     warmup: int = 0
     """Steps of linear rise of the learning rate."""
     decay: bool = False
@@ -116,7 +117,7 @@ class Training:
     recompute: bool = False
     """Gradient checkpointing: recompute the features of each block when the gradient needs them,
     which takes a third longer and a fraction of the memory."""
-    ema: float = 0.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of the moving average of the weights that is saved; 0 saves the weights themselves."""
     timesteps: int | None = None
     """Train on this many evenly spread times instead of all."""
@@ -129,16 +130,16 @@ class Training:
     """Weight of 1 - SSIM of the image, added to the loss."""
     drop_conditions: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Probability that one of the conditioning images is missing, two with its square."""
-    patches_per_simulation: int = 16
+    patches_per_simulation: Positive = 16
     """Patches cut from one simulated case before another is simulated."""
-    checkpoint_every: int = 10_000
-    keep: int = 3
+    checkpoint_every: Positive = 10_000
+    keep: Positive = 3
     """Checkpoints that are kept; older ones are removed."""
-    validate_every: int = 10_000
+    validate_every: Positive = 10_000
     """Steps between validations."""
-    validation_steps: int = 50
+    validation_steps: Positive = 50
     """Sampling steps of a validation at most; a model that takes more is sampled by DDIM."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     augmentation: Augmentation = Augmentation()
 
 

@@ -29,6 +29,8 @@ __all__ = ["Endless", "Key", "Lanes", "Sample", "Source", "TrainingCase", "Train
 Key = tuple[int, int]
 """(step, lane)."""
 
+_OF_SAMPLES = 3
+"""Keeps these random numbers apart from those that training and validation draw."""
 OVERFIT_PATCH = 32
 """Voxels along each axis, at most, that a run has to learn by heart."""
 
@@ -148,7 +150,7 @@ class TrainingData(Dataset[Sample]):
 
     def __getitem__(self, key: Key) -> Sample:
         step, lane = key
-        rng = np.random.default_rng([self.config.training.seed, step, lane])
+        rng = np.random.default_rng([self.config.training.seed, step, lane, _OF_SAMPLES])
         source = self.sources[rng.choice(len(self.sources), p=self.shares)]
         if isinstance(source.cases, Sequence):
             case = source.cases[int(rng.integers(len(source.cases)))]

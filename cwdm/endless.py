@@ -59,6 +59,10 @@ class Simulator:
         self.shape, self.spacing = shape, spacing
         self._current: dict[tuple[int, int], tuple[int, _InMemory]] = {}
 
+    def __getstate__(self) -> dict[str, object]:
+        """Without the cases: another process simulates its own."""
+        return {**self.__dict__, "_current": {}}
+
     def case(self, step: int, lane: int) -> "_InMemory":
         """The case that this step's sample is cut from."""
         stream, turn = step % _STREAMS, step // _STREAMS

@@ -79,9 +79,11 @@ class RunFolder:
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
                 _log.warning("%s: skipped, not a whole checkpoint (%s)", path, error)
+                if self._lock is not None and path.exists():
+                    path.rename(path.with_suffix(".damaged"))  # it is no longer one of the last
                 continue
-            saved = Config.parse(notes["config"], str(path)).as_dict()
-            differing = [key for key, value in config.as_dict().items() if saved[key] != value]
+            saved = _fixed(Config.parse(notes["config"], str(path)))
+            differing = [key for key, value in _fixed(config).items() if saved[key] != value]
             if differing:
                 raise InputError(
                     f"{self.path}: holds a run with other settings ({', '.join(differing)}), "
@@ -112,7 +114,8 @@ class RunFolder:
         path = self.checkpoints / f"step-{checkpoint.step:08d}.safetensors"
         with atomic_write(path, overwrite=True) as temporary:
             temporary.write_bytes(to_bytes(checkpoint.tensors, {"run": json.dumps(notes)}))
-        for old in sorted(self.checkpoints.glob("step-*.safetensors"))[:-keep]:
+        written = sorted(self.checkpoints.glob("step-*.safetensors"))
+        for old in written[: written.index(path) + 1][:-keep]:
             old.unlink(missing_ok=True)
 
     def write(self, name: str, record: Mapping[str, Any]) -> None:
@@ -138,6 +141,11 @@ class RunFolder:
                 with atomic_write(path, overwrite=True) as temporary:
                     temporary.write_text("".join(f"{line}\n" for line in kept))
 
+    def validations(self) -> list[dict[str, Any]]:
+        """The records of all so far."""
+        path = self.path / VALIDATION
+        return list(read_lines(path)) if path.exists() else []
+
     def close(self) -> None:
         """Let other processes in."""
         if self._lock is not None:
@@ -159,8 +167,21 @@ def _lock(path: Path) -> IO[str]:
     """An open file that no other process can lock; the system unlocks it when this one ends."""
     file = path.open("w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by workers
+    except (BlockingIOError, PermissionError) as error:
         file.close()
         raise InputError(f"{path.parent}: another process is training in it") from error
+    except OSError as error:
+        file.close()
+        raise InputError(f"{path}: cannot be locked, {error.strerror or error}") from error
     return file
+
+
+def _fixed(config: Config) -> dict[str, Any]:
+    """What has to stay the same in a run that goes on; it may become longer unless that would
+    have changed the learning rate."""
+    values = config.as_dict()
+    free = {"checkpoint_every", "keep", "validate_every", "validation_steps"}
+    free |= set() if config.training.decay else {"iterations"}
+    values["training"] = {k: v for k, v in values["training"].items() if k not in free}
+    return values

@@ -5,6 +5,7 @@ uninterrupted one, and several processes with one batch between them equal one.
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -108,26 +109,39 @@ def train(
     if place.type == "cuda" and place.index is not None:
         torch.cuda.set_device(place)
     launched(device)  # first, as it knows how long to wait
-    accelerator = Accelerator(cpu=place.type == "cpu", log_with=tracker, project_dir=run_dir)
+    accelerator = Accelerator(
+        cpu=place.type == "cpu",
+        mixed_precision="no",  # ``precision`` says, not the configuration of accelerate
+        dynamo_backend="no",
+        log_with=tracker,
+        project_dir=run_dir,
+    )
+    if (kind := accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"):
+        raise InputError(f"accelerate is set up for {kind}, expected plain data parallelism")
+    if tracker and not accelerator.log_with:
+        raise InputError(f"{tracker} is not installed, expected it for --tracker {tracker}")
     settings = config.training
     data = TrainingData(sources, config, overfit=overfit)
-    if held_out and (
-        seen := {case.id for case in data.cases} & {case.id for case in held_out.cases}
-    ):
-        raise InputError(
-            f"case {min(seen)} is among the training and the held-out cases, expected other ones"
-        )
-    facts = _facts(sources, data)
+    held_out = None if overfit else held_out
+    _check_apart(sources, held_out)
+    facts, identity = _facts(sources, data), _identity(data)
     lanes = partial(Lanes, config, rank=accelerator.process_index, world=accelerator.num_processes)
     lanes(0)  # complains at once
-    state = _State.fresh(config, accelerator.device, _dtype(precision, accelerator.device))
+    state = _State.fresh(
+        config,
+        accelerator.device,
+        _dtype(precision, accelerator.device),
+        ema=0.0 if overfit else settings.ema,  # an average would lag behind
+    )
     run = RunFolder(run_dir, main=accelerator.is_main_process)
     try:
         accelerator.wait_for_everyone()
-        if (checkpoint := run.latest(config, facts)) is not None:
+        if (checkpoint := run.latest(config, identity)) is not None:
             state.restore(checkpoint)
         elif init is not None:
             _start_from(init, config, state)
+        if _shared(accelerator, state.step) != state.step * accelerator.num_processes:
+            raise InputError(f"{run_dir}: differs between processes, expected a shared folder")
         priors = _priors(config, data)
         validation = Validation(
             config,
@@ -141,10 +155,18 @@ def train(
             run.write(CONFIG, config.as_dict())
             run.write(DATA, {**facts, **validation.statistics()})
             run.rewind(state.step)
+            for earlier in run.validations():
+                state.improved(earlier)
         if tracker:
             accelerator.init_trackers(
-                "curves", init_kwargs={"tensorboard": {"purge_step": state.step}}
+                "curves" if tracker == "tensorboard" else config.name,
+                init_kwargs={"tensorboard": {"purge_step": state.step + 1}},
             )
+
+        def save() -> None:
+            _save_model(config, state, priors, run_dir / MODEL)
+            run.save(config, identity, state.checkpoint(), settings.keep)  # last: it is done
+
         network: nn.Module = accelerator.prepare(state.denoiser)
         if settings.recompute:
             _recompute(state.denoiser)
@@ -154,21 +176,23 @@ def train(
             began = time.perf_counter()
             result = _step(config, state, network, accelerator, step, keys, parts)
             result["seconds"] = time.perf_counter() - began
-            stopping = bool(_shared(accelerator, torch.tensor(float(stop()))))
+            stopping = bool(_shared(accelerator, stop()))
             last = state.step == settings.iterations
-            record: Mapping[str, Any] | None = None
-            if state.step % validation.every == 0 or (last and validation.due_at_the_end):
-                record = validation(state.step, state.denoiser, state.smooth, priors)
-                stopping = stopping or validation.knows_by_heart(record)
             if accelerator.is_main_process:
                 run.append(STEPS, {"step": state.step, **result})
-                if record is not None:
+                if state.step % settings.checkpoint_every == 0 or last or stopping:
+                    save()
+            record: Mapping[str, Any] | None = None
+            due = state.step % validation.every == 0 or (last and validation.due_at_the_end)
+            if due and not stopping:
+                record = validation(state.step, state.denoiser, state.smooth, priors)
+                if accelerator.is_main_process:
                     run.append(VALIDATION, record)
                     if state.improved(record):
                         _save_model(config, state, priors, run_dir / BEST)
-                if state.step % settings.checkpoint_every == 0 or last or stopping:
-                    _save_model(config, state, priors, run_dir / MODEL)
-                    run.save(config, facts, state.checkpoint(), settings.keep)  # last: it is done
+                stopping = bool(_shared(accelerator, validation.knows_by_heart(record)))
+                if stopping and accelerator.is_main_process:
+                    save()
             if tracker:
                 accelerator.log(_curves(result, record), step=state.step)
             bands = torch.tensor(result["bands"])
@@ -203,7 +227,8 @@ def needed(
             _recompute(network)
         return network
 
-    parts = settings.batch // settings.accumulation
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    parts = max(1, settings.batch // (settings.accumulation * world))
     shape = (parts, config.in_channels, *(n // factor for n in size))
     found = footprint(
         build,
@@ -233,13 +258,13 @@ class _State:
     """Steps since the last one with a finite gradient."""
 
     @classmethod
-    def fresh(cls, config: Config, device: torch.device, dtype: torch.dtype) -> "_State":
+    def fresh(
+        cls, config: Config, device: torch.device, dtype: torch.dtype, *, ema: float
+    ) -> "_State":
         torch.manual_seed(config.training.seed)
         denoiser = build_denoiser(config)
         denoiser.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        average = AveragedModel(
-            denoiser, multi_avg_fn=get_ema_multi_avg_fn(config.training.ema)
-        ).eval()
+        average = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(ema)).eval()
         rate = config.training.learning_rate
         optimizer = torch.optim.AdamW(denoiser.parameters(), rate, weight_decay=0.0)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
@@ -255,7 +280,7 @@ class _State:
         tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         for index, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in slots.items()}
-        notes = {"scaler": self.scaler.state_dict(), "best": self.best}
+        notes = {"scaler": self.scaler.state_dict()}
         return Checkpoint(self.step, tensors, notes)
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -274,8 +299,8 @@ class _State:
             slots.setdefault(int(index), {})[slot] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
-        self.scaler.load_state_dict(checkpoint.notes["scaler"])
-        self.best = checkpoint.notes["best"]
+        if self.scaler.is_enabled() and checkpoint.notes["scaler"]:
+            self.scaler.load_state_dict(checkpoint.notes["scaler"])
         self.step = checkpoint.step
 
     def improved(self, record: Mapping[str, Any]) -> bool:
@@ -283,8 +308,9 @@ class _State:
         scores = [score["psnr"] for score in record["scores"]]
         errors = record["held_out"] or record["fitted"]
         value = float(np.mean(scores)) if scores else -float(np.mean(errors))
-        better = value > self.best
-        self.best = max(value, self.best)
+        better = value > self.best  # false for what is not a number
+        if better:
+            self.best = value
         return better
 
 
@@ -401,9 +427,9 @@ def _dtype(precision: Precision, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if choose_bf16(precision, device) else torch.float32
 
 
-def _shared(accelerator: Accelerator, value: Tensor) -> float:
+def _shared(accelerator: Accelerator, value: float) -> float:
     """The sum over all processes."""
-    return float(accelerator.reduce(value.to(accelerator.device), "sum"))
+    return float(accelerator.reduce(torch.tensor(float(value), device=accelerator.device), "sum"))
 
 
 def _batches(
@@ -458,7 +484,7 @@ def _priors(config: Config, data: TrainingData) -> dict[Modality, ScalePrior]:
 
 
 def _facts(sources: Sequence[Source], data: TrainingData) -> dict[str, Any]:
-    """What the run is trained on; another run on the same says the same."""
+    """What the run is trained on, for people."""
     return {
         "sources": [
             {
@@ -472,6 +498,28 @@ def _facts(sources: Sequence[Source], data: TrainingData) -> dict[str, Any]:
         "ids": sorted(case.id for case in data.cases),
         "overfit": bool(data.overfit),
     }
+
+
+def _identity(data: TrainingData) -> dict[str, Any]:
+    """What has to be the same when the run goes on, wherever the files are then."""
+    ids = [
+        sorted(case.id for case in cases) if isinstance(cases, Sequence) else "simulated"
+        for _, cases, _ in data.sources
+    ]
+    return {"ids": ids, "shares": list(data.shares), "overfit": data.overfit}
+
+
+def _check_apart(sources: Sequence[Source], held_out: HeldOut | None) -> None:
+    """InputError if a case is trained on and held out."""
+    if held_out is None:
+        return
+    finite = [cases for _, cases, _ in sources if isinstance(cases, Sequence)]
+    seen = {case.id for cases in finite for case in cases}
+    seen &= {case.id for case in held_out.cases} | {case.id for case in held_out.prepared}
+    if seen:
+        raise InputError(
+            f"case {min(seen)} is among the training and the held-out cases, expected other ones"
+        )
 
 
 def _start_from(path: Path, config: Config, state: _State) -> None:

@@ -35,6 +35,8 @@ __all__ = ["BY_HEART_DB", "HeldOut", "Validation"]
 
 _PROBES = 2
 """Fixed blocks, of training and of held-out cases each."""
+_OF_PROBES = 4
+"""Keeps their random numbers apart from those of training."""
 _TIMES = 5
 """At how many times their errors are measured."""
 _LOOKED_AT = 8
@@ -280,7 +282,7 @@ def _probes(data: TrainingData, n: int) -> list[Sample]:
     cases = data.cases or data.simulated(n)
     seed = data.config.training.seed
     return [
-        data.sample(cases[i % len(cases)], np.random.default_rng([seed, i]))
+        data.sample(cases[i % len(cases)], np.random.default_rng([seed, i, 0, _OF_PROBES]))
         for i in range(min(n, len(cases)) if data.overfit else n)
     ]
 

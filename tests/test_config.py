@@ -88,6 +88,11 @@ def test_a_mistake_inside_a_table_is_named_as_it_stands_in_the_file(values, mess
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"conditioning": "any"}, "conditioning = 'any' is learnt from missing images"),
+        ({"training": {"batch": 6, "accumulation": 4}}, "training.batch = 6 is no multiple of"),
+        ({"training": {"batch": 2}}, "images that are computed together need training.patch"),
+        ({"training": {"validate_every": 0}}, "training.validate_every: Input should be greater"),
+        ({"training": {"ema": 1.0}}, "training.ema: Input should be less than 1"),
         ({"target": "ct"}, "ct has no other sequences, expected conditioning = 'none'"),
         ({"target": "any"}, "target = 'any' with 0 network.classes, expected 4"),
         (

@@ -43,7 +43,9 @@ def cached(tmp_path):
     """Pack what is below a folder."""
 
     def make(folder):
-        assert all(r.status != "left out" for r in fill(find(folder), tmp_path / "cache", accept=ALIKE))
+        assert all(
+            r.status != "left out" for r in fill(find(folder), tmp_path / "cache", accept=ALIKE)
+        )
         return open_cache(tmp_path / "cache")
 
     return make

@@ -187,11 +187,67 @@ def test_a_run_is_not_continued_with_other_settings_or_other_data(cache, make_ca
 
 
 def test_two_runs_do_not_share_a_folder(cache, tmp_path):
-    folder = RunFolder(tmp_path / "run")
+    here, there = CLEAN.Pipe()
+    holder = CLEAN.Process(target=_hold, args=(tmp_path / "run", there))
+    holder.start()
+    here.recv()
     with pytest.raises(InputError, match="another process is training in it"):
         go(CONFIG, cache, tmp_path / "run")
-    folder.close()
+    here.send("enough")
+    holder.join()
     go(CONFIG, cache, tmp_path / "run")
+
+
+def _hold(run, pipe):
+    """Keep a run's folder until told otherwise."""
+    folder = RunFolder(run)
+    pipe.send("mine")
+    pipe.recv()
+    folder.close()
+
+
+def test_a_killed_run_goes_on_at_once_though_it_leaves_workers_behind(cache, tmp_path):
+    settings = replace(CONFIG.training, iterations=1000, checkpoint_every=1000)
+    run = tmp_path / "run"
+    command_line = [sys.executable, *command(replace(CONFIG, training=settings), run)]
+    process = subprocess.Popen([*command_line, "--workers", "2"], env=ENVIRONMENT)
+    while not (run / "steps.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    RunFolder(run).close()
+
+
+def test_a_damaged_checkpoint_takes_no_place_of_a_whole_one(cache, tmp_path):
+    settings = replace(CONFIG.training, keep=1, checkpoint_every=2, iterations=6)
+    config, run = replace(CONFIG, training=settings), tmp_path / "run"
+    go(config, cache, run)
+    (newest,) = (run / "checkpoints").glob("*.safetensors")
+    newest.write_bytes(newest.read_bytes()[:-100])
+    stop_after_two = iter([False, True])
+    assert [s.step for s in go(config, cache, run, stop=lambda: next(stop_after_two))] == [1, 2]
+    assert [path.name for path in (run / "checkpoints").iterdir() if "step-00000002" in path.name]
+    assert [step.step for step in go(config, cache, run)] == [3, 4, 5, 6]
+
+
+def test_a_run_can_be_made_longer(cache, tmp_path):
+    short = replace(CONFIG, training=replace(CONFIG.training, iterations=6, keep=1))
+    go(short, cache, tmp_path / "run")
+    assert [step.step for step in go(CONFIG, cache, tmp_path / "run")] == [7, 8, 9, 10]
+    go(CONFIG, cache, tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    falling = replace(CONFIG, training=replace(CONFIG.training, decay=True, iterations=20))
+    with pytest.raises(InputError, match="other settings"):
+        go(falling, cache, tmp_path / "run")
+
+
+def test_the_same_data_elsewhere_are_the_same_data(cache, tmp_path):
+    stop_at_once = iter([True])
+    go(CONFIG, cache, tmp_path / "run", stop=lambda: next(stop_at_once))
+    cache.rename(tmp_path / "moved")
+    rest = go(CONFIG, tmp_path / "moved", tmp_path / "run")
+    assert [step.step for step in rest] == list(range(2, 11))
 
 
 def command(config, run, *options):

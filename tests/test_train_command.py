@@ -53,6 +53,16 @@ def test_cases_are_packed_first_and_again_only_if_they_change(cwdm_train, brains
     assert times == [(tmp_path / "run/cache/0" / name).stat().st_mtime_ns for name in packed]
 
 
+def test_a_case_that_was_taken_away_is_not_trained_on(cwdm_train, brains, tmp_path):
+    brains(3)
+    assert cwdm_train("--data", "data", "--output", "run").exit_code == 0
+    for path in (tmp_path / "run").glob("checkpoints/*"):
+        path.unlink()
+    (tmp_path / "data/c1").rename(tmp_path / "c1")
+    assert cwdm_train("--data", "data", "--output", "run").exit_code == 0
+    assert json.loads((tmp_path / "run/data.json").read_text())["ids"] == ["c0", "c2"]
+
+
 def test_a_case_that_cannot_be_used_is_named(cwdm_train, brains, tmp_path):
     broken = tmp_path / brains(3) / "c1" / "c1-t2w.nii.gz"
     broken.write_bytes(broken.read_bytes()[:-100])
@@ -100,7 +110,7 @@ def test_held_out_cases_are_other_ones(cwdm_train, brains):
 
 def test_a_dry_run_says_what_it_would_take_and_does_nothing(cwdm_train, tmp_path):
     result = cwdm_train(
-        "--data", "nowhere", "--output", "run", "--dry-run", "--precision", "fp32", config="wfm"
+        "--data", "simulate", "--output", "run", "--dry-run", "--precision", "fp32", config="wfm"
     )
     assert result.exit_code == 0
     said = result.stdout
@@ -110,6 +120,9 @@ def test_a_dry_run_says_what_it_would_take_and_does_nothing(cwdm_train, tmp_path
     gib = float(re.search(r"about ([\d.]+) GiB", said)[1])
     assert 50 < gib < 90  # four volumes of 224x224x160
     assert not list(tmp_path.iterdir())
+    result = cwdm_train("--data", "nowhere", "--output", "run", "--dry-run")
+    assert result.exit_code == 2
+    assert "nowhere: no such file or folder" in result.stderr
 
 
 @pytest.mark.slow

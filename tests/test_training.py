@@ -18,7 +18,7 @@ from cwdm.flow import Flow
 from cwdm.layouts import find
 from cwdm.modality import Modality
 from cwdm.model import build_denoiser, load_model
-from cwdm.train import needed, train
+from cwdm.train import _State, needed, train
 from cwdm.unet import UNetConfig
 from cwdm.validation import BY_HEART_DB, HeldOut
 from cwdm.wavunet import WavUNetConfig
@@ -52,7 +52,9 @@ def cached(tmp_path):
     """Pack what is below a folder."""
 
     def make(folder, name="cache"):
-        assert all(r.status != "left out" for r in fill(find(folder), tmp_path / name, accept=ALIKE))
+        assert all(
+            r.status != "left out" for r in fill(find(folder), tmp_path / name, accept=ALIKE)
+        )
         return open_cache(tmp_path / name)
 
     return make
@@ -350,6 +352,37 @@ def test_held_out_cases_are_scored_and_drawn(make_case, balls, cached, tmp_path)
             load_model(tmp_path / "run" / "best.safetensors").denoiser.backbone.state_dict(),
         )
     assert (tmp_path / "run" / "best.safetensors").exists()
+
+
+def test_a_run_is_saved_before_it_is_validated(make_case, balls, cached, tmp_path, monkeypatch):
+    folder = make_case(folder="unseen/u", case_id="u")
+    held_out = HeldOut(find_cases(folder), cached(folder, "unseen-cache"))
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cwdm.validation.Validation.__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        steps_of(EVERYTHING, balls, tmp_path / "run", held_out=held_out)
+    assert (tmp_path / "run" / "checkpoints" / "step-00000004.safetensors").exists()
+
+
+def test_the_best_validation_is_the_best_also_after_one_that_failed():
+    state = _State.fresh(PLAIN, torch.device("cpu"), torch.float32, ema=0.0)
+    records = [
+        {"scores": [{"psnr": value}], "held_out": None, "fitted": [0.1]}
+        for value in (20.0, float("nan"), 25.0, 24.0, 30.0)
+    ]
+    assert [state.improved(record) for record in records] == [True, False, True, False, True]
+    error = {"scores": [], "held_out": [0.3], "fitted": [0.1]}
+    fresh = _State.fresh(PLAIN, torch.device("cpu"), torch.float32, ema=0.0)
+    better = {**error, "held_out": [0.2]}
+    assert [fresh.improved(record) for record in (error, better, error)] == [True, True, False]
+
+
+def test_a_tracker_that_is_not_there_is_missed_at_once(balls, tmp_path):
+    with pytest.raises(InputError, match="mlflow is not installed"):
+        steps_of(PLAIN, balls, tmp_path / "run", tracker="mlflow")
 
 
 @pytest.mark.slow
