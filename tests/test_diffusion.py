@@ -21,6 +21,7 @@ from cwdm.wavelet import dwt3
 
 LINEAR = Diffusion()
 HAAR = Transform()
+WHICH = {"availability": True}
 
 
 @pytest.mark.parametrize(
@@ -267,3 +268,25 @@ def test_a_linear_schedule_too_short_for_its_ends_is_refused():
     assert float(Diffusion(steps=20).alpha_bar[-1]) == 0  # the last beta is one
     with pytest.raises(ValueError, match="beta would exceed 1"):
         Diffusion(steps=19)
+
+
+def test_an_image_of_zeros_is_no_missing_one():
+    image = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    black = torch.zeros_like(image)
+    shown = condition({Modality.T1N: image, Modality.T2W: black}, Modality.T2F, HAAR, **WHICH)
+    missing = condition({Modality.T1N: image}, Modality.T2F, HAAR, **WHICH)
+    assert shown.shape == missing.shape == (2, 36, 2, 2, 2)
+    assert torch.equal(shown[:, :32], missing[:, :32])
+    assert shown[0, 32:, 0, 0, 0].tolist() == [1, 0, 1, 0]
+    assert missing[0, 32:, 0, 0, 0].tolist() == [1, 0, 0, 0]
+    coefficients = HAAR.encode(image)
+    assert_close(mean_of_conditions(shown, 8, **WHICH), coefficients / 2)
+    assert_close(mean_of_conditions(missing, 8, **WHICH), coefficients)
+
+
+def test_the_target_is_never_among_its_conditions():
+    images = {m: torch.randn(1, 1, 4, 4, 4) for m in SEQUENCES}
+    for number, target in enumerate(SEQUENCES):
+        cond = condition(images, target, HAAR, **WHICH)
+        assert cond[:, 8 * number : 8 * number + 8].abs().max() == 0
+        assert cond[0, 32:, 0, 0, 0].tolist() == [float(m is not target) for m in SEQUENCES]
