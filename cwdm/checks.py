@@ -252,9 +252,10 @@ def _descend(
             break
         known = basis[seen]
         residual = centered - known @ np.linalg.lstsq(known.T @ known, known.T @ centered)[0]
-        course.append(float(residual[:, 0] @ residual[:, 0] / variance))
+        left = float(residual[:, 0] @ residual[:, 0] / variance)
+        course.append(1 - seen.mean() * (1 - left))  # what is out of sight is not explained
         # The step that makes the residual small, corrected for what it takes from the variance.
-        downhill = course[-1] * centered[:, 1:].T @ centered[:, 0]
+        downhill = left * centered[:, 1:].T @ centered[:, 0]
         downhill -= residual[:, 1:].T @ residual[:, 0]
         step = np.linalg.lstsq(residual[:, 1:].T @ residual[:, 1:], downhill)[0]
         length = np.hypot(np.linalg.norm(step[:3]), np.linalg.norm(step[3:]) * radius)

@@ -26,7 +26,9 @@ def test_timestep_embedding_equals_the_published_one(golden):
     numbers = golden("timestep_embedding")
     for dim in (32, 64, 65):
         embedding = timestep_embedding(torch.from_numpy(numbers["t"]), dim)
-        assert_close(embedding, torch.from_numpy(numbers[f"emb_{dim}"]), rtol=0, atol=1e-6)
+        # processors round exp differently in the last bit of 24, and angles go up to 999
+        expected = torch.from_numpy(numbers[f"emb_{dim}"])
+        assert_close(embedding, expected, rtol=0, atol=999 * 2**-24)
 
 
 @pytest.mark.parametrize(
