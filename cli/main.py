@@ -19,6 +19,9 @@ from cwdm.errors import InputError
 
 COMMANDS = {
     "synthesize": (".synthesize:synthesize", "Synthesize the missing modality of a case."),
+    "check": (".check:check", "Find images that are spoilt."),
+    "impute": (".impute:impute", "Complete the cases of a cohort."),
+    "segment": (".segment:segment", "Segment the tumors of complete cases."),
     "generate": (".generate:generate", "Generate images of no patient, from noise alone."),
     "prepare": (".prepare:prepare", "Check cases and pack them for training."),
     "train": (".train:train", "Train a model on cases of your own."),
@@ -35,6 +38,12 @@ EXTRAS = {
     "huggingface_hub": "hub",
     "accelerate": "train",
     "tensorboard": "train",
+    "onnxruntime": "onnx",
+    "nnunetv2": "nnunet",
+    "brats": "brats",
+    "loguru": "brats",
+    "ray": "ray",
+    "submitit": "slurm",
 }
 """Module that is not always installed -> the extra that brings it."""
 

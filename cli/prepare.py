@@ -38,7 +38,12 @@ REPORT = "report.csv"
 )
 @click.option(
     "--accept",
-    type=click.Choice(["skull", "registration", "duplicate"]),
+    type=click.Choice(
+        [
+            *("skull", "duplicate", "registration"),
+            *("field-of-view", "noise", "blur", "motion", "intensity"),
+        ]
+    ),
     multiple=True,
     help="Use cases in spite of this finding; repeatable.",
 )

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from cwdm.case import Case, find_cases, read_case
     from cwdm.errors import InputError
     from cwdm.generation import Generator
+    from cwdm.handoff import segment
+    from cwdm.imputation import Imputation, impute
     from cwdm.modality import Modality
     from cwdm.synthesis import Synthesis, Synthesizer, synthesize
     from cwdm.volume import Volume, read_volume
@@ -24,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Case",
     "Generator",
+    "Imputation",
     "InputError",
     "Modality",
     "Synthesis",
@@ -31,22 +34,27 @@ __all__ = [
     "Volume",
     "__version__",
     "find_cases",
+    "impute",
     "read_case",
     "read_volume",
+    "segment",
     "synthesize",
 ]
 
 _MODULE_OF = {
     "Case": "cwdm.case",
     "Generator": "cwdm.generation",
+    "Imputation": "cwdm.imputation",
     "InputError": "cwdm.errors",
     "Modality": "cwdm.modality",
     "Synthesis": "cwdm.synthesis",
     "Synthesizer": "cwdm.synthesis",
     "Volume": "cwdm.volume",
     "find_cases": "cwdm.case",
+    "impute": "cwdm.imputation",
     "read_case": "cwdm.case",
     "read_volume": "cwdm.volume",
+    "segment": "cwdm.handoff",
     "synthesize": "cwdm.synthesis",
 }
 

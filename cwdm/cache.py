@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from cwdm.case import Case, Kind
-from cwdm.checks import findings
+from cwdm.checks import findings, read_fit
 from cwdm.dicom import Series, read_series
 from cwdm.errors import InputError
 from cwdm.files import atomic_write
@@ -44,10 +44,13 @@ from cwdm.intensity import NORMALIZATIONS, NormalizationName, Scale
 from cwdm.layouts import Found
 from cwdm.modality import SEQUENCES, Modality
 from cwdm.preparation import Box, inside, majority
-from cwdm.volume import Volume, read_labels, read_volumes
+from cwdm.volume import Volume, read_labels
 
-__all__ = ["CachedCase", "Dtype", "Report", "Status", "fill", "is_cache", "open_cache"]
+__all__ = ["CachedCase", "Dtype", "Report", "Status", "fill", "in_processes", "is_cache"]
+__all__ += ["open_cache"]
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Dtype = Literal["float16", "uint8"]
 Status = Literal["written", "unchanged", "left out"]
 
@@ -240,6 +243,17 @@ def fill(
         else:
             todo.append(source)
     work = partial(_prepare, folder=folder, dtype=dtype, accept=accept)
+    yield from in_processes(work, todo, workers)
+
+
+def in_processes(
+    work: Callable[[Item], Result], todo: Sequence[Item], workers: int
+) -> Generator[Result, None, None]:
+    """The results of `work`, which can be pickled, on several processes; each as it is there.
+
+    Raises:
+        InputError: a process was killed.
+    """
     if workers == 1 or len(todo) < 2:
         yield from map(work, todo)
         return
@@ -250,10 +264,10 @@ def fill(
     try:
         # One case per worker and none in line, so that an interruption waits for no other.
         waiting = iter(todo)
-        running = {pool.submit(work, source) for source in islice(waiting, workers)}
+        running = {pool.submit(work, item) for item in islice(waiting, workers)}
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
-            running |= {pool.submit(work, source) for source in islice(waiting, len(done))}
+            running |= {pool.submit(work, item) for item in islice(waiting, len(done))}
             for future in done:
                 yield future.result()
     except BrokenProcessPool:
@@ -354,25 +368,17 @@ def _read(
     source: Case | Series,
 ) -> tuple[dict[Modality, Volume], NDArray[np.int32] | None, list[str]]:
     """The volumes and labels that can be read and lie on one grid, and why the others do not."""
-    volumes: dict[Modality, Volume] = {}
     labels = None
-    problems = []
     if isinstance(source, Series):
         try:
-            volumes[Modality.CT] = volume = read_series(source)
+            volume = read_series(source)
         except InputError as error:
             return {}, None, [str(error)]
-        if (low := volume.voxels.min()) == volume.voxels.max():
-            problems.append(f"{source.folder}: every voxel is {low:g}, expected an image")
-        return volumes, None, problems
-    try:
-        volumes = read_volumes(source, source.images)
-    except InputError:  # one by one, each beside the first that is good
-        for modality in source.images:
-            try:
-                volumes |= read_volumes(source, [*list(volumes)[:1], modality])
-            except InputError as error:
-                problems.append(str(error))
+        constant = (low := volume.voxels.min()) == volume.voxels.max()
+        message = f"{source.folder}: every voxel is {low:g}, expected an image"
+        return {Modality.CT: volume}, None, [message] if constant else []
+    volumes, unfit = read_fit(source)
+    problems = [each.message for each in unfit]
     if source.segmentation and volumes:
         try:
             labels = read_labels(source.segmentation, next(iter(volumes.values())))

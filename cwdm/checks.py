@@ -1,57 +1,115 @@
-"""Whether the images of a case are fit to learn from: skull-stripped, co-registered, no copies.
+"""Whether the images of a case are fit: readable, skull-stripped, aligned, no copies, not spoilt.
 
-Co-registration is measured, without an atlas and on differing contrasts: each image is predicted,
-voxel by voxel, from the others, and then moved rigidly to where that prediction explains it best
-(Gauss-Newton on the share of its variance that is left). An image that has to move far, and is
-explained much better there, is out of place.
+What `alignment` and `spoilt` measure is judged by thresholds beyond
+all that clean cases have: only gross damage is found.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
-from scipy.spatial.transform import Rotation
 
-from cwdm.modality import Modality
-from cwdm.volume import Volume, brain_mask
+from cwdm import spoilt
+from cwdm.alignment import COARSE_MM, FINE_MM, Image, align
+from cwdm.case import Case
+from cwdm.errors import InputError
+from cwdm.modality import SEQUENCES, Modality
+from cwdm.volume import Volume, brain_mask, read_volume, read_volumes
 
-__all__ = ["Finding", "findings"]
+__all__ = ["Finding", "Kind", "examine", "findings", "read_fit"]
+
+Kind = Literal[
+    "file",
+    "grid",
+    "skull",
+    "duplicate",
+    "registration",
+    "field-of-view",
+    "noise",
+    "blur",
+    "motion",
+    "intensity",
+]
 
 _LARGEST_BRAIN_ML = 2200
 """A head has 3500 and more, what is inside the largest skulls about 2000."""
 _SMALLEST_BRAIN_ML, _FEWEST_VOXELS = 50, 24
 """Of a brain, and along each axis of its grid: in less there is too little to align."""
-_FINE_MM, _COARSE_MM = 2.0, 6.0
-"""Images are averaged to voxels of about this size: fine ones tell, coarse ones reach further."""
-_POINTS = 12_000
-"""About how many voxels are compared."""
-_FEWEST_POINTS = 200
-"""In fewer the others explain everything by chance."""
-_STEPS = 8
-"""Of Gauss-Newton; most fits take three to six."""
 _COPY = 1 - 1e-6
 """Correlation of an image with a copy of it in another unit, rounded."""
-_OUT_OF_PLACE_MM = {1: 2.5, 2: 1.6, 3: 1.2}
-"""For the number of other images: the least score (see `_Fit`) of one out of place.
+_OUT_OF_PLACE_MM = {1: 1.8, 2: 1.4, 3: 1.15}
+"""For the number of other images: the least score (see `alignment.Fit`) of one out of place.
 
-Of 16 real and 21 simulated cases, aligned within a millimeter or two, none scores higher than 2.1,
-1.4 and 1.1.
+Of 16 real and 21 simulated cases, which are aligned within a millimeter or two, none that the
+others explain scores higher than 1.41, 1.24 and 1.01.
 """
 _MIRRORED = 0.05
 """Share of an image's variance that its mirror image must let the others explain in addition."""
+_UNEXPLAINED = 0.6
+"""Where more is left of an image's variance, the others say too little about it."""
+_LEAST_CUT_ML = 10
+"""Of 64 real images none lacks more than a rim, although their masks differ by up to 46 ml."""
+_SATURATED, _OUTLIER, _SHADED = 0.03, 30, 2.8
+"""Clean images, also those cut off at the 99 % quantile, have at most 0.01; 3.2; and 2.3."""
+_COARSEST_MM = 2.0
+"""Of a voxel; in larger ones noise, blur and motion are not told from anatomy."""
+_NOISY, _BLURRED, _ECHO = 0.35, 0.35, 0.02
+"""See `spoilt`. Clean images have 0.01 to 0.26; 0.92 to 1.98; and at most 0.013."""
+_THICK = 0.5
+"""Detail across thick slices, which resampling has made of ripples, is 0.2 to 0.4."""
+_TEXTURE = {Modality.T1N: 0.49, Modality.T1C: 0.49, Modality.T2W: 0.43, Modality.T2F: 0.6}
+"""Clean images have at most 0.47, 0.46, 0.37 and 0.54."""
+_STANDS_OUT = 1.25
+"""Times the geometric mean of the others. The clean images next to `_TEXTURE` have 1.22."""
 
 
 class Finding(NamedTuple):
     """Why a case is not fit."""
 
-    kind: Literal["skull", "registration", "duplicate"]
+    kind: Kind
+    modalities: tuple[Modality, ...]
+    """Which images it is about."""
     message: str
     """One line: which file, what was found, what was expected."""
+
+
+def examine(case: Case) -> list[Finding]:
+    """What is wrong with the images of a case: those that cannot be read, and `findings`."""
+    volumes, found = read_fit(case)
+    return found + findings({m: volume for m, volume in volumes.items() if m in SEQUENCES})
+
+
+def read_fit(case: Case) -> tuple[dict[Modality, Volume], list[Finding]]:
+    """The images that can be read and lie on one grid, that of most, and why the others do not.
+
+    "file": unreadable, damaged, not a 3D image, NaN or all voxels the same. "grid": another one.
+    """
+    try:
+        return read_volumes(case, case.images), []
+    except InputError:  # which are to blame?
+        volumes, found = {}, []
+    for modality, path in case.images.items():
+        try:
+            volumes[modality] = read_volume(path)
+        except InputError as error:
+            found.append(Finding("file", (modality,), str(error)))
+    grids = {m: (v.voxels.shape, *v.affine.round(1).flat) for m, v in volumes.items()}
+    counts = Counter(grids.values()).most_common(2)
+    tied = len({count for _, count in counts}) < len(counts)
+    for modality in list(volumes):
+        usual = next(m for m in grids if grids[m] == counts[0][0])
+        try:
+            read_volumes(case, (usual, modality))
+        except InputError as error:
+            blamed = (usual, modality) if tied else (modality,)
+            found.append(Finding("grid", blamed, str(error)))
+            del volumes[modality]
+    return volumes, found
 
 
 def findings(volumes: Mapping[Modality, Volume]) -> list[Finding]:
@@ -59,11 +117,29 @@ def findings(volumes: Mapping[Modality, Volume]) -> list[Finding]:
 
     "skull": an image shows more than a brain. "duplicate": two images are one, perhaps in another
     unit. "registration": an image is out of place by some millimeters or degrees, or mirrored; the
-    one for which this is clearest. In grids below 24 voxels along an axis, and brains below 50 ml,
-    this cannot be told. Masks that differ are no finding.
+    one for which this is clearest. "field-of-view": a part of the brain is missing that the others
+    show, or slices in between. "noise", "blur", "motion" (or ghosts): so much of it that hardly any
+    detail is left. "intensity": single voxels far beyond all others, many at the highest value, or
+    one side of the brain much brighter than the other.
+
+    In grids below 24 voxels along an axis, and brains below 50 ml, only the first two can be told;
+    noise, blur and motion only in voxels up to 2 mm, motion in three images or more. Masks that
+    differ by a rim are no finding.
     """
     masks = {modality: brain_mask(volume) for modality, volume in volumes.items()}
-    return [*_skulls(volumes, masks), *_duplicates(volumes), *_registration(volumes, masks)]
+    found = [*_skulls(volumes, masks), *_duplicates(volumes), *_registration(volumes, masks)]
+    apart = {m for each in found if each.kind != "duplicate" for m in each.modalities}
+    rest = {m: volume for m, volume in volumes.items() if m not in apart}
+    if rest and _are_large([masks[m] for m in rest], next(iter(rest.values())).affine):
+        found += [*_fields(rest, masks), *_intensities(rest, masks), *_qualities(rest, masks)]
+    return found
+
+
+def _are_large(masks: Sequence[NDArray[np.bool_]], affine: NDArray[np.float64]) -> bool:
+    """Whether there is enough to judge in what the images have in common."""
+    common = np.logical_and.reduce(masks)
+    ml = common.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000
+    return bool(min(common.shape) >= _FEWEST_VOXELS and ml >= _SMALLEST_BRAIN_ML)
 
 
 def _skulls(
@@ -77,19 +153,19 @@ def _skulls(
                 f"{volume.path}: found {ml / 1000:.1f} l that are not background, expected a "
                 f"skull-stripped brain of at most {_LARGEST_BRAIN_ML / 1000:.1f} l"
             )
-            found.append(Finding("skull", message))
+            found.append(Finding("skull", (modality,), message))
     return found
 
 
 def _duplicates(volumes: Mapping[Modality, Volume]) -> list[Finding]:
     found = []
-    for a, b in combinations(volumes.values(), 2):
+    for (one, a), (other, b) in combinations(volumes.items(), 2):
         step = max(1, a.voxels.size // 1_000_000)  # a million voxels tell
         x, y = (each.voxels.ravel()[::step].astype(np.float64) for each in (a, b))
         x, y = x - x.mean(), y - y.mean()
         if abs(x @ y) >= _COPY * np.linalg.norm(x) * np.linalg.norm(y):
             message = f"{a.path} and {b.path}: found the same image twice, expected two modalities"
-            found.append(Finding("duplicate", message))
+            found.append(Finding("duplicate", (one, other), message))
     return found
 
 
@@ -99,180 +175,146 @@ def _registration(
     if len(volumes) < 2:
         return []
     affine = next(iter(volumes.values())).affine
-    common = np.logical_and.reduce(list(masks.values()))
-    ml = common.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000
-    if min(common.shape) < _FEWEST_VOXELS or ml < _SMALLEST_BRAIN_ML:
+    if not _are_large(list(masks.values()), affine):
         return []
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     (box,) = ndimage.find_objects(np.logical_or.reduce(list(masks.values())).astype(np.uint8))
     pyramids = {
         modality: [
-            _Image.of(volume.voxels[box], masks[modality][box], spacing, mm)
-            for mm in (_FINE_MM, _COARSE_MM)
+            Image.of(volume.voxels[box], masks[modality][box], spacing, mm)
+            for mm in (FINE_MM, COARSE_MM)
         ]
         for modality, volume in volumes.items()
     }
     fits, mirrored = {}, {}
     for modality, pyramid in pyramids.items():
         others = [other for key, other in pyramids.items() if key != modality]
-        fits[modality] = _align(pyramid, others)
-        mirrored[modality] = _align([image.mirrored() for image in pyramid], others)
+        fits[modality] = align(pyramid, others)
+        mirrored[modality] = align([image.mirrored() for image in pyramid], others)
     gains = {key: fits[key].unexplained - mirrored[key].unexplained for key in fits}
     swapped = max(gains, key=lambda key: gains[key])
-    if gains[swapped] > _MIRRORED:
+    worst = max(fits, key=lambda key: fits[key].score)
+    if gains[swapped] > _MIRRORED and mirrored[swapped].unexplained < _UNEXPLAINED:
+        blamed = swapped
         message = (
             f"{volumes[swapped].path}: found left and right swapped with regard to the other "
             f"images, expected one orientation"
         )
-        return [Finding("registration", message)]
-    worst = max(fits, key=lambda key: fits[key].score)
-    if fits[worst].score > _OUT_OF_PLACE_MM[min(len(fits) - 1, 3)]:
+    elif (
+        fits[worst].score > _OUT_OF_PLACE_MM[min(len(fits) - 1, 3)]
+        and fits[worst].unexplained < _UNEXPLAINED
+    ):
+        blamed = worst
         message = (
             f"{volumes[worst].path}: found it about {fits[worst].moved:.0f} mm out of place with "
             f"regard to the other images, expected co-registered images"
         )
-        return [Finding("registration", message)]
-    return []
+    else:
+        return []
+    return [Finding("registration", (blamed,), message)]
 
 
-@dataclass(frozen=True, eq=False)
-class _Image:
-    """A coarse image of the brain, from 0 to 1."""
-
-    values: NDArray[np.float32]
-    """(X, Y, Z), of no meaning where not `inside`."""
-    inside: NDArray[np.bool_]
-    """(X, Y, Z): in the brain."""
-    spacing: NDArray[np.float64]
-    """(3,) mm."""
-
-    @classmethod
-    def of(
-        cls,
-        voxels: NDArray[np.float32],
-        mask: NDArray[np.bool_],
-        spacing: NDArray[np.float64],
-        coarse_mm: float,
-    ) -> "_Image":
-        """Means inside the mask over blocks of about that size, cut off at 1 and 99 %.
-
-        They are blurred a little: else an image with noise would seem to gain by moving half a
-        voxel, since interpolation averages the noise.
-        """
-        factors = [max(1, round(coarse_mm / each)) for each in spacing]
-        share = ndimage.gaussian_filter(_block_means(mask.astype(np.float32), factors), 0.5)
-        values = ndimage.gaussian_filter(_block_means(voxels * mask, factors), 0.5)
-        values /= np.maximum(share, 1e-3)
-        low, high = np.quantile(values[share > 0.5], [0.01, 0.99])
-        values = np.clip((values - low) / max(high - low, np.finfo(np.float32).tiny), 0, 1)
-        return cls(values, share > 0.5, spacing * factors)
-
-    def mirrored(self) -> "_Image":
-        """Left and right swapped."""
-        return replace(self, values=self.values[::-1], inside=self.inside[::-1])
+def _fields(
+    volumes: Mapping[Modality, Volume], masks: Mapping[Modality, NDArray[np.bool_]]
+) -> list[Finding]:
+    spacing = np.linalg.norm(next(iter(volumes.values())).affine[:3, :3], axis=0)
+    votes = np.sum([masks[modality] for modality in volumes], axis=0)
+    found = []
+    for modality, volume in volumes.items():
+        mask = masks[modality]
+        expected = np.greater(2 * (votes - mask), len(volumes) - 1)  # by most of the others
+        if slices := spoilt.gaps(mask):
+            problem = f"{slices} slices without brain between others"
+        elif (ml := spoilt.cut_ml(mask, expected, spacing)) > _LEAST_CUT_ML:
+            problem = f"{ml:.0f} ml cut off of the brain that other images show"
+        else:
+            continue
+        message = f"{volume.path}: found {problem}, expected the whole brain"
+        found.append(Finding("field-of-view", (modality,), message))
+    return found
 
 
-def _block_means(voxels: NDArray[np.float32], factors: list[int]) -> NDArray[np.float32]:
-    """(X, Y, Z) -> means over blocks; zeros fill the last ones up."""
-    x, y, z = (-(-n // factor) for n, factor in zip(voxels.shape, factors, strict=True))
-    a, b, c = factors
-    ends = [(0, m * f - n) for m, f, n in zip((x, y, z), factors, voxels.shape, strict=True)]
-    means: NDArray[np.float32] = np.pad(voxels, ends).reshape(x, a, y, b, z, c).mean(axis=(1, 3, 5))
-    return means
+def _intensities(
+    volumes: Mapping[Modality, Volume], masks: Mapping[Modality, NDArray[np.bool_]]
+) -> list[Finding]:
+    found = []
+    for modality, volume in volumes.items():
+        voxels, mask, path = volume.voxels, masks[modality], volume.path
+        spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
+        if (share := spoilt.saturation(voxels, mask)) > _SATURATED:
+            message = f"{path}: found {share:.0%} of the brain at the highest value, expected few"
+        elif (times := spoilt.outlier(voxels, mask)) > _OUTLIER:
+            message = (
+                f"{path}: found a voxel {times:.0f} times the range of the others from their "
+                f"median, expected at most {_OUTLIER}"
+            )
+        elif (times := spoilt.shading(voxels, mask, spacing)) > _SHADED:
+            message = (
+                f"{path}: found one region {times:.1f} times as bright as another, expected at "
+                f"most {_SHADED}: correct the bias field"
+            )
+        else:
+            continue
+        found.append(Finding("intensity", (modality,), message))
+    return found
 
 
-class _Fit(NamedTuple):
-    """How well an image is explained by the others, and where."""
+def _qualities(
+    volumes: Mapping[Modality, Volume], masks: Mapping[Modality, NDArray[np.bool_]]
+) -> list[Finding]:
+    spacing = np.linalg.norm(next(iter(volumes.values())).affine[:3, :3], axis=0)
+    if spacing.max() > _COARSEST_MM:
+        return []
+    found = []
+    union = np.logical_or.reduce([masks[modality] for modality in volumes])
+    (box,) = ndimage.find_objects(union.astype(np.uint8))
+    sound = {}
+    for modality, volume in volumes.items():
+        brain = spoilt.Brain.of(volume.voxels[box], masks[modality][box], spacing)
+        if (share := spoilt.noise(brain)) > _NOISY:
+            message = (
+                f"{volume.path}: found noise of {share:.0%} of the contrast, expected at most "
+                f"{_NOISY:.0%}"
+            )
+            found.append(Finding("noise", (modality,), message))
+        elif max(detail := spoilt.detail(brain)) < _BLURRED:
+            message = (
+                f"{volume.path}: found it blurred along every axis (detail {max(detail):.2f}), "
+                f"expected {_BLURRED} or more"
+            )
+            found.append(Finding("blur", (modality,), message))
+        # ghosts are in-plane; across thick slices there are ripples of resampling
+        elif (
+            echo := spoilt.echo(brain, [axis for axis in range(3) if detail[axis] > _THICK])
+        ).strength > _ECHO:
+            message = (
+                f"{volume.path}: found ghosts {echo.lag} voxels apart along {'xyz'[echo.axis]}, "
+                f"expected none"
+            )
+            found.append(Finding("motion", (modality,), message))
+        else:
+            sound[modality] = brain
+    if len(sound) > 2:
+        found += _moved(sound, volumes)
+    return found
 
-    turn: NDArray[np.float64]
-    """(3, 3) rotation about the corner of the grid."""
-    shift: NDArray[np.float64]
-    """(3,) mm."""
-    moved: float
-    """Mean displacement over the brain, mm."""
-    outset: float
-    """Share of the image's variance that the others do not explain, before it has moved."""
-    unexplained: float
-    """The same, after."""
 
-    @property
-    def score(self) -> float:
-        """mm; a move counts as far as it gains."""
-        return self.moved * math.sqrt(max(1 - self.unexplained / max(self.outset, 1e-9), 0))
+def _moved(
+    brains: Mapping[Modality, spoilt.Brain], volumes: Mapping[Modality, Volume]
+) -> list[Finding]:
+    """The image with the most texture where the others have none, if that is much.
 
-
-def _align(image: list[_Image], others: list[list[_Image]]) -> _Fit:
-    """Move an image rigidly to where the others explain it best; each fine and coarse.
-
-    From where it is, and from where the coarse images lead if that is further than the fine ones
-    can see. Where they end is compared.
+    How much is usual depends on the modality, and on the case: so it has to be more than of any
+    clean image, and stand out from the others.
     """
-    fine, coarse = zip(*others, strict=True)
-    best = _descend(image[0], fine, np.eye(3), np.zeros(3))
-    guess = _descend(image[1], coarse, np.eye(3), np.zeros(3))
-    if guess.moved > 2 * _FINE_MM:
-        again = _descend(image[0], fine, guess.turn, guess.shift)
-        if again.unexplained < best.unexplained:
-            return again._replace(outset=best.outset)
-    return best
-
-
-def _descend(
-    image: _Image,
-    others: Sequence[_Image],
-    turn: NDArray[np.float64],
-    shift: NDArray[np.float64],
-) -> _Fit:
-    """The nearest optimum, from a first guess."""
-    inside = np.logical_and.reduce([each.inside for each in (image, *others)])
-    voxels = np.argwhere(ndimage.binary_erosion(inside))
-    if len(voxels) < _FEWEST_POINTS:
-        return _Fit(turn, shift, moved=0, outset=1, unexplained=1)
-    voxels = voxels[:: max(1, len(voxels) // _POINTS)]
-    points = (voxels + 0.5) * image.spacing  # (N, 3) mm from the corner of the grid
-    middle = points.mean(0)
-    radius = np.sqrt(((points - middle) ** 2).sum(1).mean())
-    basis = _basis([each.values[tuple(voxels.T)] for each in others], (points - middle) / radius)
-    slopes = np.gradient(image.values, *image.spacing)
-    layers = [image.values, *slopes, image.inside.astype(np.float32)]
-    course: list[float] = []
-    for _ in range(_STEPS):
-        moved = points @ turn.T + shift
-        where = (moved / image.spacing - 0.5).T
-        y, *gradient, share = (ndimage.map_coordinates(each, where, order=1) for each in layers)
-        seen = share > 0.99
-        if seen.mean() < 0.5:  # astray
-            break
-        slope = np.stack(gradient, 1)
-        jacobian = np.concatenate([slope, np.cross(moved - middle, slope)], 1)  # shift, rotation
-        centered = np.column_stack([y, jacobian])[seen].astype(np.float64)
-        centered -= centered.mean(0)
-        variance = centered[:, 0] @ centered[:, 0]
-        if not variance:
-            break
-        known = basis[seen]
-        residual = centered - known @ np.linalg.lstsq(known.T @ known, known.T @ centered)[0]
-        left = float(residual[:, 0] @ residual[:, 0] / variance)
-        course.append(1 - seen.mean() * (1 - left))  # what is out of sight is not explained
-        # The step that makes the residual small, corrected for what it takes from the variance.
-        downhill = left * centered[:, 1:].T @ centered[:, 0]
-        downhill -= residual[:, 1:].T @ residual[:, 0]
-        step = np.linalg.lstsq(residual[:, 1:].T @ residual[:, 1:], downhill)[0]
-        length = np.hypot(np.linalg.norm(step[:3]), np.linalg.norm(step[3:]) * radius)
-        step *= min(1, 2 * image.spacing.min() / max(length, 1e-9))
-        rotation = Rotation.from_rotvec(step[3:]).as_matrix()
-        turn, shift = rotation @ turn, rotation @ (shift - middle) + middle + step[:3]
-        if length < 0.1:
-            break
-    moved = np.linalg.norm(points @ turn.T + shift - points, axis=1)
-    return _Fit(turn, shift, float(moved.mean()), *(course[0], course[-1]) if course else (1, 1))
-
-
-def _basis(values: list[NDArray[np.float32]], points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(N, K): polynomials of the other images' values, and of the place for shading."""
-    x, y, z = points.T
-    columns = [np.ones(len(points)), x, y, z, x * x, y * y, z * z, x * y, x * z, y * z]
-    for value in values:
-        columns += [value, value**2, value**3]
-    columns += [a * b for a, b in combinations(values, 2)]
-    return np.stack(columns, 1).astype(np.float64)
+    values = dict(zip(brains, spoilt.texture(list(brains.values())), strict=True))
+    shares = {modality: value / _TEXTURE[modality] for modality, value in values.items()}
+    worst = max(shares, key=lambda modality: shares[modality])
+    usual = math.exp(np.mean([math.log(max(s, 1e-6)) for m, s in shares.items() if m != worst]))
+    if shares[worst] < 1 or shares[worst] < _STANDS_OUT * usual:
+        return []
+    message = (
+        f"{volumes[worst].path}: found texture where the other images have none "
+        f"({values[worst]:.2f}), perhaps motion, expected at most {_TEXTURE[worst]}"
+    )
+    return [Finding("motion", (worst,), message)]

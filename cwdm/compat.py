@@ -21,7 +21,7 @@ from cwdm.modality import Modality
 from cwdm.preparation import FLIPS, Box, Frame, Prepared
 from cwdm.process import Process
 from cwdm.sampling import Draw
-from cwdm.volume import Volume, as_float, new_volume
+from cwdm.volume import Volume, new_volume, stored_as
 
 __all__ = ["check", "complete", "network_time", "noise_stream", "prepare", "sample"]
 
@@ -86,7 +86,7 @@ def complete(prepared: Prepared, image: Tensor, like: Volume) -> Volume:
     What is at most 0.04 becomes 0; no mask.
     """
     voxels = prepared.restore(torch.where(image <= _THRESHOLD, 0, image), Scale(0.0, 1.0))
-    return replace(like, voxels=voxels, header=as_float(like.header))
+    return replace(like, voxels=voxels, header=stored_as(np.float32, like.header))
 
 
 def sample(prepared: Prepared, image: Tensor) -> Volume:

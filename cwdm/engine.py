@@ -3,6 +3,7 @@
 What synthesis and generation share. It knows tensors, not cases.
 """
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
@@ -16,11 +17,14 @@ from cwdm.intensity import NORMALIZATIONS
 from cwdm.model import Model
 from cwdm.sampling import SAMPLERS, Draw, ddim
 
-__all__ = ["Engine", "Precision", "Progress", "choose_bf16", "choose_device"]
+__all__ = ["TURN", "Engine", "Precision", "Progress", "choose_bf16", "choose_device"]
 
 Precision = Literal["auto", "fp32", "bf16"]
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
+
+TURN = threading.Lock()
+"""One network at a time computes in a process; other threads read and write meanwhile."""
 
 
 class Engine:
@@ -68,6 +72,18 @@ class Engine:
             label: number of the target, if the model has several.
             told: tell the network this time instead of the true one.
         """
+        with TURN:
+            return self._run(settings, draw, cond, label, told, progress)
+
+    def _run(
+        self,
+        settings: Sampling,
+        draw: Draw,
+        cond: Tensor | None,
+        label: int | None,
+        told: int | None,
+        progress: Progress | None,
+    ) -> Tensor:
         config = self.model.config
         normalization = NORMALIZATIONS[config.images.normalization]
         low, high = normalization.low, normalization.high

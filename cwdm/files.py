@@ -1,12 +1,16 @@
 """Files that appear whole or not at all, and their digests."""
 
 import errno
+import fcntl
+import gzip
 import hashlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from cwdm.errors import InputError
 
@@ -76,6 +80,66 @@ def sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"{path}: cannot be read, {error.strerror or error}") from error
+
+
+def lock(path: Path) -> IO[str]:
+    """An open file that no other process can lock; the system unlocks it when this one ends.
+
+    Raises:
+        InputError: another process has it, so it is at work in the folder.
+    """
+    check_target(path, overwrite=True)
+    file = path.open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by workers
+    except (BlockingIOError, PermissionError) as error:
+        file.close()
+        raise InputError(f"{path.parent}: another process is at work in it") from error
+    except OSError as error:
+        file.close()
+        raise InputError(f"{path}: cannot be locked, {error.strerror or error}") from error
+    return file
+
+
+def move_new(source: Path, path: Path) -> None:
+    """Move a file to another place on the same disk, where nothing may be.
+
+    Raises:
+        InputError: something is there, or the system refuses.
+    """
+    check_target(path)
+    try:
+        _move_to_new(source, path)
+        source.unlink(missing_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def link_or_copy(source: Path, path: Path, *, copy: bool = False) -> None:
+    """Have the same file at another place: a hard link where the disk allows it, else a copy.
+
+    Raises:
+        InputError: something is there, the source cannot be read, or the system refuses.
+    """
+    check_target(path)
+    try:
+        if not copy:
+            with suppress(OSError):
+                os.link(source.resolve(), path)
+                return
+        shutil.copyfile(source, path)
+    except OSError as error:
+        raise InputError(f"{error.filename or path}: {error.strerror or error}") from error
+
+
+def gzip_copy(source: Path, path: Path) -> None:
+    """The same bytes, packed; InputError as `link_or_copy`."""
+    check_target(path)
+    try:
+        with source.open("rb") as file, gzip.open(path, "wb", compresslevel=6) as packed:
+            shutil.copyfileobj(file, packed)
+    except OSError as error:
+        raise InputError(f"{error.filename or path}: {error.strerror or error}") from error
 
 
 def _temporary(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Where the cases of a data set are: BraTS-like folders, nnU-Net, BIDS, or a table. No voxels.
+"""Where the files of a data set are: BraTS-like folders, nnU-Net, BIDS, or a table. No voxels.
 
 What is wrong with one case is a `Problem` of that case; the others are found all the same.
 """
@@ -13,13 +13,24 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from cwdm.case import Case, Kind, is_case, nifti_names, read_case, walk
 from cwdm.dicom import Series
 from cwdm.errors import InputError
-from cwdm.modality import Modality, find_modality
+from cwdm.files import atomic_write
+from cwdm.modality import SEQUENCES, Modality, find_modality
 
-__all__ = ["Found", "Problem", "find", "merge"]
+__all__ = ["Found", "Layout", "Problem", "describe", "find", "image_path", "merge"]
+
+Layout = Literal["brats", "nnunet", "bids", "brasyn"]
+"""How the files of a data set are named."""
 
 _CHANNEL = re.compile(r"(?P<id>.+)_(?P<number>\d{4})\.nii(\.gz)?", re.IGNORECASE)
 _LABELS = re.compile(r"(?P<id>.+)\.nii(\.gz)?", re.IGNORECASE)
-_SUFFIXES = {"T2w": Modality.T2W, "FLAIR": Modality.T2F}
+_SUFFIXES: dict[str, Kind] = {"T2w": Modality.T2W, "FLAIR": Modality.T2F, "dseg": "seg"}
+_BIDS_ENDINGS: dict[Kind, str] = {
+    Modality.T1N: "T1w",
+    Modality.T1C: "ce-gadolinium_T1w",
+    Modality.T2W: "T2w",
+    Modality.T2F: "FLAIR",
+    "seg": "dseg",
+}
 _LAYOUTS = "BraTS folders, nnU-Net, BIDS or a CSV file"
 
 Source = TypeVar("Source", Case, Series)
@@ -48,9 +59,10 @@ def find(path: Path) -> Found:
 
     Args:
         path: a CSV file (`id`, a column per modality, perhaps `seg`; paths relative to the file);
-            an nnU-Net folder (`dataset.json`, `imagesTr/<id>_0000.nii.gz`, `labelsTr/`); a BIDS
-            folder (`sub-<id>[/ses-<id>]/anat/*_T1w.nii.gz`; `ce-` makes it T1c); or any folder with
-            a folder per case at or below it, as `case.read_case` reads them.
+            an nnU-Net folder (`dataset.json`, `imagesTr/<id>_0000.nii.gz` or `imagesTs`,
+            `labelsTr`); a BIDS folder (`sub-<id>[/ses-<id>]/anat/*_T1w.nii.gz`; `ce-` makes it
+            T1c); or any folder with a folder per case at or below it, as `case.read_case` reads
+            them.
 
     Raises:
         InputError: nothing there at all, or a description of the data that cannot be read.
@@ -120,20 +132,21 @@ def _is_odd(folder: Path, names: list[str], root: Path) -> bool:
 
 
 def _from_nnunet(folder: Path) -> Found:
-    """`imagesTr/<id>_<channel>.nii.gz`; `dataset.json` names the channels."""
+    """`imagesTr/<id>_<channel>.nii.gz`, `imagesTs`; `dataset.json` names the channels."""
     channels = _channels(folder / "dataset.json")
     files: dict[str, Files] = {}
     problems = []
-    for name in nifti_names(folder / "imagesTr"):
-        match = _CHANNEL.fullmatch(name)
+    folders = [each for each in (folder / "imagesTr", folder / "imagesTs") if each.is_dir()]
+    for path in (images / name for images in folders for name in nifti_names(images)):
+        match = _CHANNEL.fullmatch(path.name)
         if not match or int(match["number"]) not in channels:
             expected = ", ".join(f"<id>_{number:04d}.nii.gz" for number in channels)
-            message = f"{folder / 'imagesTr' / name}: found another name, expected {expected}"
-            problems.append(Problem(match["id"] if match else name, message))
+            message = f"{path}: found another name, expected {expected}"
+            problems.append(Problem(match["id"] if match else path.name, message))
             continue
-        images = files.setdefault(match["id"], [])
+        images_of_case = files.setdefault(match["id"], [])
         if modality := channels[int(match["number"])]:
-            images.append((modality, folder / "imagesTr" / name))
+            images_of_case.append((modality, path))
     labels = folder / "labelsTr"
     for name in nifti_names(labels) if labels.is_dir() else []:
         if match := _LABELS.fullmatch(name):
@@ -176,8 +189,8 @@ def _from_bids(folder: Path) -> Found:
     return Found(found.cases, problems + found.problems)
 
 
-def _bids_kind(name: str) -> Modality | None:
-    """The modality of `sub-1_ses-1_ce-gadolinium_T1w.nii.gz`, or None."""
+def _bids_kind(name: str) -> Kind | None:
+    """What `sub-1_ses-1_ce-gadolinium_T1w.nii.gz` is, or None."""
     *entities, suffix = name.split(".")[0].split("_")
     if suffix == "T1w":
         contrast = any(entity.startswith("ce-") for entity in entities)
@@ -245,3 +258,60 @@ def _assemble(files: Iterable[tuple[str, Files]]) -> Found:
             cases.append(Case(case_id, images, taken.get("seg")))
         problems += twice
     return Found(cases, problems)
+
+
+def image_path(layout: Layout, case_id: str, kind: Kind, suffix: str = ".nii.gz") -> Path:
+    """Where an image or the segmentation of a case belongs, relative to the data set's folder.
+
+    brats `<id>/<id>-t1n.nii.gz`, nnunet `imagesTr/<id>_0000.nii.gz` and `labelsTr/<id>.nii.gz`,
+    bids `sub-<id>/anat/sub-<id>_T1w.nii.gz`, brasyn (the challenge's) `<id>-t1n.nii.gz`.
+    """
+    match layout:
+        case "brats":
+            return Path(case_id, f"{case_id}-{kind}{suffix}")
+        case "nnunet" if kind == "seg":
+            return Path("labelsTr", f"{case_id}{suffix}")
+        case "nnunet":
+            return Path("imagesTr", f"{case_id}_{SEQUENCES.index(kind):04d}{suffix}")
+        case "bids":
+            entities = _bids_entities(case_id)
+            return Path(*entities, "anat", f"{'_'.join(entities)}_{_BIDS_ENDINGS[kind]}{suffix}")
+        case "brasyn":
+            return Path(f"{case_id}-{kind}{suffix}")
+
+
+def _bids_entities(case_id: str) -> list[str]:
+    """`sub-1_ses-2` is taken apart; of another name the letters and digits make a subject."""
+    if re.fullmatch(r"sub-[0-9A-Za-z]+(_ses-[0-9A-Za-z]+)?", case_id):
+        return case_id.split("_")
+    return [f"sub-{re.sub('[^0-9A-Za-z]', '', case_id)}"]
+
+
+def describe(layout: Layout, output: Path, cases: int, version: str) -> None:
+    """Write the file that says what a data set is, where the layout has one.
+
+    For nnU-Net `dataset.json`, for BIDS `dataset_description.json` of a derivative.
+    """
+    if layout == "nnunet":
+        record = {
+            "channel_names": {str(number): each for number, each in enumerate(SEQUENCES)},
+            "labels": {"background": 0, "NCR": 1, "ED": 2, "ET": 3},
+            "numTraining": cases,
+            "file_ending": ".nii.gz",
+        }
+        _write_json(output / "dataset.json", record)
+    elif layout == "bids":
+        record = {
+            "Name": "Completed with synthetic images",
+            "BIDSVersion": "1.10.0",
+            "DatasetType": "derivative",
+            "GeneratedBy": [{"Name": "cwdm", "Version": version}],
+        }
+        _write_json(output / "dataset_description.json", record)
+        with atomic_write(output / ".bidsignore", overwrite=True) as temporary:
+            temporary.write_text("*.csv\n.cwdm/\n")
+
+
+def _write_json(path: Path, record: dict[str, Any]) -> None:
+    with atomic_write(path, overwrite=True) as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -9,7 +9,16 @@ from cwdm.files import atomic_write
 from cwdm.intensity import Scale
 from cwdm.modality import Modality
 
-__all__ = ["MEMORISATION", "Provenance", "SampleProvenance", "Source", "warnings_for"]
+__all__ = [
+    "MEMORISATION",
+    "Provenance",
+    "SampleProvenance",
+    "SegmentationProvenance",
+    "Source",
+    "segmentation_warnings",
+    "sidecar",
+    "warnings_for",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +55,8 @@ class Provenance(Record):
     inputs: Mapping[Modality, Source]
     absent: tuple[Modality, ...]
     """Modalities the model would have used and did not get."""
+    replaces: Source | None
+    """The acquired image of the target, if there is one; it was not looked at."""
     model: Source
     seed: int
     sampler: str
@@ -75,9 +86,18 @@ class Provenance(Record):
         return f"cwdm {self.cwdm} SYNTHETIC {self.target}, not acquired; research use only"
 
 
-def warnings_for(target: Modality, absent: tuple[Modality, ...]) -> tuple[str, ...]:
+def sidecar(image: Path) -> Path:
+    """Where the record of an image goes: ``x-t2f.json`` beside ``x-t2f.nii.gz``."""
+    return image.with_name(image.name.removesuffix(".gz").removesuffix(".nii") + ".json")
+
+
+def warnings_for(
+    target: Modality, absent: tuple[Modality, ...], replaces: Source | None = None
+) -> tuple[str, ...]:
     """What whoever looks at this image has to know."""
     warnings = []
+    if replaces:
+        warnings.append(f"The case has an acquired {target}, {replaces.name}, that was not used.")
     if target is Modality.T1C:
         warnings.append(
             "Enhancement in a synthetic T1c is a guess: whether tissue takes up contrast agent "
@@ -134,3 +154,53 @@ class SampleProvenance(Record):
     def description(self) -> str:
         """For the 80 bytes of the NIfTI header."""
         return f"cwdm {self.cwdm} SYNTHETIC {self.target}, of no patient; research use only"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationProvenance(Record):
+    """What a segmentation was made from, and how far to trust it."""
+
+    cwdm: str
+    """Version of this package."""
+    case: str
+    segmenter: str
+    """As the user named it."""
+    segmenter_sha256: str
+    inputs: Mapping[Modality, Source]
+    synthetic_inputs: tuple[Modality, ...]
+    """Those of the inputs that were not acquired."""
+    absent: tuple[Modality, ...]
+    """What the segmenter would have used and did not get."""
+    labels: Mapping[int, str]
+    volumes_ml: Mapping[str, float]
+    """Of the regions WT, TC and ET."""
+    seconds: float
+    warnings: tuple[str, ...]
+    use: str = "Research use only. Not for diagnosis."
+
+    @property
+    def description(self) -> str:
+        """For the 80 bytes of the NIfTI header."""
+        made = f" from SYNTHETIC {', '.join(self.synthetic_inputs)}"
+        made = made if self.synthetic_inputs else ""
+        return f"cwdm {self.cwdm} segmentation{made}; research use only"
+
+
+def segmentation_warnings(
+    synthetic: tuple[Modality, ...], absent: tuple[Modality, ...]
+) -> tuple[str, ...]:
+    """What whoever uses a segmentation of such inputs has to know."""
+    warnings = []
+    if synthetic:
+        warnings.append(
+            f"Segmented with a synthetic {', '.join(synthetic)}: expect less than with acquired "
+            "images."
+        )
+    if absent:
+        warnings.append(f"Segmented without {', '.join(absent)}: expect less than with all images.")
+    if Modality.T1C in (*synthetic, *absent):
+        warnings.append(
+            "Without an acquired T1c nobody knows where the tumor enhances: do not use the "
+            "enhancing tumor, nor what depends on it (tumor core, necrosis)."
+        )
+    return tuple(warnings)

@@ -8,7 +8,6 @@ checkpoints/      the last few, whole or not there
 model.safetensors the latest average weights; best.safetensors those that validated best
 """
 
-import fcntl
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from cwdm.config import Config
 from cwdm.errors import InputError
-from cwdm.files import atomic_write, check_target
+from cwdm.files import atomic_write, check_target, lock
 from cwdm.model import to_bytes
 
 __all__ = ["BEST", "CONFIG", "DATA", "MODEL", "STEPS", "VALIDATION", "Checkpoint", "RunFolder"]
@@ -61,7 +60,7 @@ class RunFolder:
         if not main:
             return
         check_target(self.path / CONFIG, overwrite=True)
-        self._lock = _lock(self.path / ".lock")
+        self._lock = lock(self.path / ".lock")
         for folder in (self.path, self.checkpoints):  # of a process that was killed
             for left_over in folder.glob(".cwdm-*"):
                 left_over.unlink(missing_ok=True)
@@ -161,20 +160,6 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             except json.JSONDecodeError:
                 return
             yield record
-
-
-def _lock(path: Path) -> IO[str]:
-    """An open file that no other process can lock; the system unlocks it when this one ends."""
-    file = path.open("w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by workers
-    except (BlockingIOError, PermissionError) as error:
-        file.close()
-        raise InputError(f"{path.parent}: another process is training in it") from error
-    except OSError as error:
-        file.close()
-        raise InputError(f"{path}: cannot be locked, {error.strerror or error}") from error
-    return file
 
 
 def _fixed(config: Config) -> dict[str, Any]:

@@ -4,11 +4,13 @@ read -> normalize, cut out the brain -> wavelet coefficients -> sample -> image 
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 import torch
+from torch import Tensor
 
 from cwdm import __version__
 from cwdm import compat as published
@@ -22,8 +24,8 @@ from cwdm.modality import Modality, others, parse_modality
 from cwdm.model import Model, default_model, load_model
 from cwdm.noise import noise_stream
 from cwdm.preparation import prepare
-from cwdm.provenance import Provenance, Source, warnings_for
-from cwdm.volume import Volume, is_synthetic, read_volumes, write_volume
+from cwdm.provenance import Provenance, Source, sidecar, warnings_for
+from cwdm.volume import Volume, acquired, is_synthetic, read_volumes, write_volume
 
 __all__ = ["Synthesis", "Synthesizer", "output_paths", "synthesize"]
 
@@ -44,12 +46,14 @@ class Synthesis:
             InputError: one of the two is there already (with ``overwrite``: is an image of the
                 case, or not made by cwdm), or the folder cannot be written.
         """
-        image, sidecar = output_paths(
-            self.case, self.provenance.target, folder, overwrite=overwrite
-        )
-        write_volume(self.volume.voxels, self.volume, image, self.provenance.description, overwrite)
-        self.provenance.write(sidecar, overwrite=overwrite)
+        image, _ = output_paths(self.case, self.provenance.target, folder, overwrite=overwrite)
+        self.write_as(image, overwrite=overwrite)
         return image
+
+    def write_as(self, image: Path, *, overwrite: bool = False) -> None:
+        """Write the image to a file, and its record beside it; InputError as ``atomic_write``."""
+        write_volume(self.volume.voxels, self.volume, image, self.provenance.description, overwrite)
+        self.provenance.write(sidecar(image), overwrite=overwrite)
 
 
 class Synthesizer:
@@ -109,7 +113,9 @@ class Synthesizer:
         compat: bool = False,
         progress: Progress | None = None,
     ) -> Synthesis:
-        """Synthesize the target for a case. An acquired image of it is not looked at.
+        """Synthesize the target for a case from its acquired images.
+
+        An image of the target is not looked at, nor is any that is marked as synthetic.
 
         Args:
             seed: of this case's own generator; the result depends on nothing else that is random.
@@ -127,19 +133,17 @@ class Synthesizer:
         settings = engine.settings(sampler, steps)
         if compat:
             published.check(config, self.model.path)
-        absent = self._absent(case)
-        sources = [m for m in others(target) if m in case.images]
-        volumes = read_volumes(case, sources)
+        given = acquired(case.without(target))
+        absent = self._absent(given)
+        sources = list(given.images)
+        volumes = read_volumes(given, sources)
         prepared = (
             published.prepare(volumes)
             if compat
             else prepare(volumes, config.images, multiple=config.multiple)
         )
-        cond = condition(
-            {m: image[None, None].to(engine.device) for m, image in prepared.images.items()},
-            target,
-            config.transform,
-            availability=config.conditioning == "any",
+        cond = self._condition(
+            {m: image[None, None].to(engine.device) for m, image in prepared.images.items()}
         )
         stream = published.noise_stream if compat else noise_stream
         draw = stream((1, config.transform.channels, *cond.shape[2:]), seed, engine.device)
@@ -147,7 +151,7 @@ class Synthesizer:
             settings,
             draw,
             cond=cond,
-            label=config.targets.index(target) if len(config.targets) > 1 else None,
+            label=self._label,
             told=published.network_time(config.process, settings) if compat else None,
             progress=progress,
         )[0, 0]
@@ -165,6 +169,9 @@ class Synthesizer:
             if all(source.voxels.min() >= 0 for source in volumes.values()):
                 voxels = voxels.clip(min=0)
             volume = replace(like, voxels=voxels)
+        replaces = None
+        if (path := case.images.get(target)) and not compat:
+            replaces = Source(name=path.name, sha256=sha256(path))
         provenance = Provenance(
             cwdm=__version__,
             torch=torch.__version__,
@@ -172,6 +179,7 @@ class Synthesizer:
             target=target,
             inputs={m: Source(name=v.path.name, sha256=sha256(v.path)) for m, v in volumes.items()},
             absent=absent,
+            replaces=replaces,
             model=Source(name=config.name, sha256=self.model.sha256),
             seed=seed,
             sampler=settings.sampler,
@@ -183,9 +191,38 @@ class Synthesizer:
             scales=prepared.scales,
             target_scale=scale,
             seconds=round(time.perf_counter() - began, 3),
-            warnings=warnings_for(target, absent),
+            warnings=warnings_for(target, absent, replaces),
         )
         return Synthesis(volume, provenance, case)
+
+    def seconds(
+        self, size: int, *, sampler: str | None = None, steps: int | tuple[int, ...] | None = None
+    ) -> float:
+        """About how long a chain takes on a block of `size` voxels a side; one step is timed."""
+        config, engine = self.model.config, self.engine
+        settings = engine.settings(sampler, steps)
+        count = len(config.process.timesteps(settings.steps, settings.spacing)) - 1
+        zeros = torch.zeros(1, 1, size, size, size, device=engine.device)
+        cond = self._condition(dict.fromkeys(others(self.target), zeros))
+        draw = noise_stream((1, config.transform.channels, *cond.shape[2:]), 0, engine.device)
+        once = replace(settings, steps=1)
+        for _ in range(2):  # the first time, libraries choose their kernels
+            began = time.perf_counter()
+            engine.run(once, draw, cond=cond, label=self._label)
+        took = time.perf_counter() - began
+        return took if settings.sampler == "one-step" else took * count
+
+    @property
+    def _label(self) -> int | None:
+        """The number of the target, if the model has several."""
+        targets = self.model.config.targets
+        return targets.index(self.target) if len(targets) > 1 else None
+
+    def _condition(self, images: Mapping[Modality, Tensor]) -> Tensor:
+        config = self.model.config
+        return condition(
+            images, self.target, config.transform, availability=config.conditioning == "any"
+        )
 
     def _absent(self, case: Case) -> tuple[Modality, ...]:
         """Conditioning modalities the case lacks; InputError if the model cannot do without."""
@@ -212,14 +249,14 @@ def output_paths(
     Raises:
         InputError: as ``check_target``; or the image would replace an acquired one of the case.
     """
-    stem = Path(folder) / f"{case.id}-{target}"
-    image, sidecar = Path(f"{stem}.nii.gz"), Path(f"{stem}.json")
-    for acquired in case.images.values():
-        if image.exists() and image.samefile(acquired) and not is_synthetic(image):
+    image = Path(folder) / f"{case.id}-{target}.nii.gz"
+    record = sidecar(image)
+    for path in case.images.values():
+        if image.exists() and image.samefile(path) and not is_synthetic(image):
             raise InputError(f"{image}: was acquired and is never overwritten")
     check_target(image, overwrite)
-    check_target(sidecar, overwrite)
-    return image, sidecar
+    check_target(record, overwrite)
+    return image, record
 
 
 def synthesize(

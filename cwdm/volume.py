@@ -9,7 +9,8 @@ Inside, every volume is in canonical orientation: axes X, Y, Z run to the right,
 import gzip
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,10 @@ def new_volume(
     return Volume(voxels.astype(np.float32), np.array(affine, np.float64), header, Path("(new)"))
 
 
-def as_float(header: nib.Nifti1Header) -> nib.Nifti1Header:
-    """The same header for voxels stored as float32, unscaled."""
+def stored_as(dtype: DTypeLike, header: nib.Nifti1Header) -> nib.Nifti1Header:
+    """The same header for voxels stored in another type, unscaled."""
     header = header.copy()
-    header.set_data_dtype(np.float32)
+    header.set_data_dtype(dtype)
     header.set_slope_inter(1.0, 0.0)
     return header
 
@@ -176,6 +177,12 @@ def is_synthetic(path: Path) -> bool:
     return "SYNTHETIC" in _description(path)
 
 
+def acquired(case: Case) -> Case:
+    """The case without the images that are marked as synthetic; InputError as `is_synthetic`."""
+    made = [modality for modality, path in case.images.items() if is_synthetic(path)]
+    return case.without(*made)
+
+
 def brain_mask(volume: Volume) -> NDArray[np.bool_]:
     """(X, Y, Z): where there is something, with holes filled.
 
@@ -197,7 +204,13 @@ def brain_mask(volume: Volume) -> NDArray[np.bool_]:
 
 
 def _description(path: Path) -> str:
-    description: bytes = _parse(Path(path)).header["descrip"].item()
+    """What the header says. The voxels are not looked at."""
+    path = Path(path)
+    data = _read_bytes(path, nib.Nifti2Header.template_dtype.itemsize)
+    header = _kind(data, path).header_class
+    with _damage(path), LoggingOutputSuppressor():
+        parsed = header(data[: header.template_dtype.itemsize], check=False)
+    description: bytes = parsed["descrip"].item()
     return description.decode("ascii", "replace")
 
 
@@ -227,25 +240,10 @@ def _read(path: Path) -> Volume:
 
 def _parse(path: Path) -> Any:
     """The nibabel image in the file, from all its bytes: gzip checks its CRC only at the end."""
-    try:
-        data = path.read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: truncated or damaged, {error}") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read, {error.strerror or error}") from error
-    if data[344:348] == b"n+1\0":
-        kind: Any = nib.Nifti1Image
-    elif data[4:8] == b"n+2\0":
-        kind = nib.Nifti2Image
-    else:
-        raise InputError(f"{path}: not NIfTI data ({len(data)} bytes), expected .nii or .nii.gz")
-    try:
-        with LoggingOutputSuppressor():
-            image = kind.from_bytes(data)
-    except (HeaderDataError, WrapStructError, ValueError, OverflowError, OSError) as error:
-        raise InputError(f"{path}: the NIfTI header is damaged, {error}") from error
+    data = _read_bytes(path)
+    kind = _kind(data, path)
+    with _damage(path), LoggingOutputSuppressor():
+        image = kind.from_bytes(data)
     voxel_bytes = math.prod(image.shape) * image.get_data_dtype().itemsize
     if len(data) < image.dataobj.offset + voxel_bytes:
         found = max(len(data) - image.dataobj.offset, 0)
@@ -253,6 +251,40 @@ def _parse(path: Path) -> Any:
             f"{path}: truncated, found {found} bytes of voxels, expected {voxel_bytes}"
         )
     return image
+
+
+def _read_bytes(path: Path, count: int = -1) -> bytes:
+    """All the bytes of a file, unpacked, or the first few."""
+    try:
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            if not packed:
+                return file.read(count)
+            with gzip.GzipFile(fileobj=file) as unpacked:
+                return unpacked.read(count)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: truncated or damaged, {error}") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read, {error.strerror or error}") from error
+
+
+def _kind(data: bytes, path: Path) -> Any:
+    """nibabel's class for NIfTI-1 or NIfTI-2."""
+    if data[344:348] == b"n+1\0":
+        return nib.Nifti1Image
+    if data[4:8] == b"n+2\0":
+        return nib.Nifti2Image
+    raise InputError(f"{path}: not NIfTI data ({len(data)} bytes), expected .nii or .nii.gz")
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """InputError for what nibabel says of a header it cannot use."""
+    try:
+        yield
+    except (HeaderDataError, WrapStructError, ValueError, OverflowError, OSError) as error:
+        raise InputError(f"{path}: the NIfTI header is damaged, {error}") from error
 
 
 def _is_regular(affine: NDArray[np.float64]) -> bool:

@@ -17,11 +17,12 @@ MODULES.pop("__init__")
 
 # A module imports from its own row and the rows below. The tensor row never opens a file.
 ROWS = {
-    "jobs": {"diagnosis", "engine", "evaluate", "floors", "generation", "montage", "simulate"}
-    | {"endless", "synthesis", "train", "validation"},
-    "files and records": {"anatomy", "cache", "case", "checkpoints", "checks", "compat", "config"}
-    | {"dataset", "dicom", "files", "hub", "intensity", "layouts", "model", "preparation"}
-    | {"provenance", "run", "volume"},
+    "cohorts": {"cohort", "executors", "handoff", "imputation"},
+    "jobs": {"diagnosis", "endless", "engine", "evaluate", "external", "floors", "generation"}
+    | {"montage", "msnet", "segmenters", "segnet", "simulate", "synthesis", "train", "validation"},
+    "files and records": {"alignment", "anatomy", "cache", "case", "checkpoints", "checks"}
+    | {"compat", "config", "dataset", "dicom", "files", "hub", "intensity", "layouts", "ledger"}
+    | {"model", "preparation", "provenance", "run", "segmentation", "spoilt", "volume"},
     "tensors": {
         "coefficients",
         "conditioning",
@@ -46,13 +47,20 @@ ROW_OF = {module: depth for depth, modules in enumerate(ROWS.values()) for modul
 HOMES = {
     "nibabel": {"volume"},
     "torchio": {"dataset"},
-    "pandas": {"evaluate"},
+    "pandas": {"cohort", "evaluate", "handoff", "imputation"},
+    "ray": {"executors"},
+    "submitit": {"executors"},
     "nilearn": {"anatomy"},
     "sklearn": {"floors"},
     "huggingface_hub": {"hub"},
     "pywt": {"wavelet"},
     "SimpleITK": {"dicom"},
     "accelerate": {"train", "validation"},
+    "onnxruntime": {"segmenters"},
+    "nnunetv2": {"external"},
+    "brats": {"external"},
+    "docker": {"external"},
+    "loguru": {"external"},
 }
 
 

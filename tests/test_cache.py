@@ -392,7 +392,10 @@ def test_findings_leave_a_case_out_unless_they_are_accepted(
 
     def findings(volumes: dict[Modality, Volume]) -> list[Finding]:
         if "case0" in volumes[T1N].path.name:
-            return [Finding("skull", "has a skull"), Finding("registration", "moved")]
+            return [
+                Finding("skull", (Modality.T1N,), "has a skull"),
+                Finding("registration", (Modality.T2W,), "moved"),
+            ]
         return []
 
     monkeypatch.setattr("cwdm.cache.findings", findings)

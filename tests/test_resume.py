@@ -191,7 +191,7 @@ def test_two_runs_do_not_share_a_folder(cache, tmp_path):
     holder = CLEAN.Process(target=_hold, args=(tmp_path / "run", there))
     holder.start()
     here.recv()
-    with pytest.raises(InputError, match="another process is training in it"):
+    with pytest.raises(InputError, match="another process is at work in it"):
         go(CONFIG, cache, tmp_path / "run")
     here.send("enough")
     holder.join()

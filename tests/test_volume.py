@@ -323,7 +323,7 @@ def test_a_file_that_is_absent_or_forbidden_is_refused(
     assert "cannot be read, No such file" in refusal_of(tmp_path / "absent.nii.gz")
     path = make_image()
     # by monkeypatch, since root may read everything
-    monkeypatch.setattr(Path, "read_bytes", refuse(errno.EACCES))
+    monkeypatch.setattr(Path, "open", refuse(errno.EACCES))
     assert "cannot be read, Permission denied" in refusal_of(path)
 
 

@@ -1,0 +1,112 @@
+"""What commands that work on a whole cohort share: where to work, how far it is, how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from cwdm.cohort import Tally
+    from cwdm.executors import Executor
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def placement(command: Command) -> Command:
+    """The options that say where to work."""
+    for option in reversed(
+        [
+            click.option(
+                "--executor",
+                type=click.Choice(["local", "ray", "slurm"]),
+                default="local",
+                show_default=True,
+                help="Where to work: this machine, a Ray cluster, an array job of SLURM.",
+            ),
+            click.option(
+                "--workers",
+                type=click.IntRange(min=1),
+                metavar="N",
+                help="Processes that work at a time. [default: one per GPU, else one]",
+            ),
+            click.option("--address", help="Of a Ray cluster that runs. [default: start one here]"),
+            click.option(
+                "--slurm",
+                multiple=True,
+                metavar="KEY=VALUE",
+                help="For submitit, such as slurm_partition=gpu or timeout_min=600; repeatable.",
+            ),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def choose_executor(
+    name: str,
+    *,
+    workers: int | None,
+    device: str,
+    address: str | None,
+    slurm: tuple[str, ...],
+    output: Path,
+) -> Executor:
+    """The executor that the options describe."""
+    from cwdm.errors import InputError
+    from cwdm.executors import Local, Ray, Slurm
+
+    if address and name != "ray":
+        raise InputError("--address: found without --executor ray")
+    if slurm and name != "slurm":
+        raise InputError("--slurm: found without --executor slurm")
+    if name == "ray":
+        return Ray(workers, address)
+    if name == "slurm":
+        parameters: dict[str, Any] = {}
+        for pair in slurm:
+            key, equals, value = pair.partition("=")
+            if not equals:
+                raise InputError(f"--slurm {pair}: expected KEY=VALUE")
+            parameters[key] = int(value) if value.isdecimal() else value
+        cluster = str(parameters.pop("cluster", "slurm"))
+        return Slurm(output / ".cwdm" / "slurm", workers, parameters, cluster)
+    return Local(workers, device)
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[Tally], None]]:
+    """A bar with the time left and how many cases failed."""
+    from tqdm import tqdm
+
+    with tqdm(desc=title, unit="case") as bar:
+
+        def show(tally: Tally) -> None:
+            bar.total = tally.total
+            bar.set_postfix(failed=tally.failed, refresh=False)
+            bar.update(tally.done + tally.failed - bar.n)
+            bar.refresh()
+
+        yield show
+
+
+def finish(table: pd.DataFrame, path: Path) -> int:
+    """Say what became of the cases; the exit code."""
+    counts = table["state"].value_counts()
+    for case, message in table.loc[table["state"] == "failed", ["case", "message"]].itertuples(
+        index=False
+    ):
+        click.echo(f"{case}: {message}", err=True)
+    told = table["notes"].dropna() if "notes" in table else table["state"][:0]
+    for note, number in told[told != ""].value_counts().items():
+        click.echo(f"note ({number} cases): {note}", err=True)
+    parts = [
+        f"{counts[state]} {state}" for state in ("done", "unchanged", "failed") if state in counts
+    ]
+    click.echo(f"{', '.join(parts) or 'no case'}; {path}")
+    return 1 if "failed" in counts else 0

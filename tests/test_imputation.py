@@ -1,0 +1,345 @@
+"""A cohort with gaps comes out complete, as it was asked for; nothing acquired changes."""
+
+import gzip
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+import cwdm
+from cwdm.anatomy import mni152
+from cwdm.case import find_cases, read_case
+from cwdm.cli.main import cwdm as command
+from cwdm.config import Config, Images, Sampling, Training
+from cwdm.errors import InputError
+from cwdm.executors import Ray
+from cwdm.files import sha256
+from cwdm.imputation import Imputation, impute, plan
+from cwdm.intensity import ScalePrior
+from cwdm.layouts import Layout, find
+from cwdm.modality import SEQUENCES, Modality, others
+from cwdm.model import build_denoiser, save_model
+from cwdm.simulate import simulate, write_case
+from cwdm.synthesis import Synthesizer
+from cwdm.unet import UNetConfig
+from cwdm.volume import is_synthetic, new_volume, read_labels, read_volume, write_volume
+
+TINY = Config(
+    name="tiny-any",
+    target="any",
+    conditioning="any",
+    images=Images(spacing_mm=8.0),
+    network=UNetConfig(channels=8, multipliers=(1, 1), res_blocks=1, groups=4, classes=4),
+    sampling=Sampling(sampler="ddpm", steps=3),
+    training=Training(drop_conditions=0.1),
+)
+GAPS = ((Modality.T1C,), (Modality.T2F,), (Modality.T1N, Modality.T2W), ())
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained network for any gap."""
+    torch.manual_seed(0)
+    state = build_denoiser(TINY).backbone.state_dict()
+    weights = {k: torch.randn_like(v) * 0.05 for k, v in state.items()}
+    priors = {m: ScalePrior({other: 0.0 for other in others(m)}, 4.0) for m in SEQUENCES}
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    save_model(TINY, weights, priors, path, overwrite=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four complete simulated cases of 8 mm."""
+    root = tmp_path_factory.mktemp("complete")
+    for number in range(len(GAPS)):
+        write_case(simulate(0, number, mni152(), shape=(24, 28, 20), spacing=8.0), root)
+    return root
+
+
+@pytest.fixture
+def cohort(complete: Path, tmp_path: Path) -> Path:
+    """The same with gaps."""
+    root = tmp_path / "cohort"
+    for case, gap in zip(find_cases(complete), GAPS, strict=True):
+        shutil.copytree(complete / case.id, root / case.id)
+        for modality in gap:
+            (root / case.id / case.images[modality].name).unlink()
+    return root
+
+
+def run(*words: object) -> Result:
+    # elsewhere bfloat16 may be chosen, whose kernels take seconds to be made
+    return CliRunner().invoke(command, [str(word) for word in (*words, "--precision", "fp32")])
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {str(path): sha256(path) for path in sorted(folder.rglob("*.nii*"))}
+
+
+def test_a_cohort_comes_out_complete(cohort: Path, model: Path, tmp_path: Path) -> None:
+    acquired, output = hashes(cohort), tmp_path / "out"
+    result = run("impute", "--input", cohort, "--output", output, "--model", model, "--seed", 3)
+    assert result.exit_code == 0, result.output
+    assert "4 done" in result.stdout
+    assert hashes(cohort) == acquired
+    for case, gap in zip(find_cases(output), GAPS, strict=True):
+        assert case.missing == ()
+        assert case.segmentation is not None
+        assert tuple(m for m in SEQUENCES if is_synthetic(case.images[m])) == gap
+        source = read_case(cohort / case.id)
+        for modality, path in case.images.items():
+            record = path.parent / f"{case.id}-{modality}.json"
+            assert record.exists() == (modality in gap)
+            if modality in gap:
+                made = Synthesizer.load(modality, model, precision="fp32")(source, seed=3)
+                assert np.array_equal(
+                    read_volume(path).voxels,
+                    read_volume(made.write(tmp_path / "one")).voxels,
+                )
+                assert json.loads(record.read_text())["inputs"].keys() == source.images.keys()
+            else:
+                assert path.samefile(source.images[modality])
+    again = run("impute", "--input", cohort, "--output", output, "--model", model, "--seed", 3)
+    assert "4 unchanged" in again.stdout
+    other = run("impute", "--input", cohort, "--output", output, "--model", model)
+    assert "4 done" in other.stdout  # another seed
+
+
+def test_the_same_from_python(cohort: Path, model: Path, tmp_path: Path) -> None:
+    job = Imputation(precision="fp32", model=model, copy=True)
+    table = cwdm.impute(cohort, tmp_path / "out", job=job)
+    assert isinstance(table, pd.DataFrame)
+    assert list(table) == ["case", "state", "synthetic", "given", "notes", "seconds", "message"]
+    assert [row.split() for row in table["synthetic"]] == [list(gap) for gap in GAPS]
+    assert "Enhancement in a synthetic T1c is a guess" in table["notes"][0]
+    for case in find_cases(tmp_path / "out"):
+        assert all(path.stat().st_nlink == 1 for path in case.images.values())
+
+
+@pytest.mark.parametrize("layout", ["nnunet", "bids"])
+def test_another_layout_reads_back_as_the_same_cases(
+    layout: Layout, cohort: Path, complete: Path, model: Path, tmp_path: Path
+) -> None:
+    impute(cohort, tmp_path / "out", job=Imputation(layout=layout, precision="fp32", model=model))
+    found = find(tmp_path / "out")
+    assert not found.problems
+    assert len(found.cases) == len(GAPS)
+    for case, truth, gap in zip(found.cases, find_cases(complete), GAPS, strict=True):
+        assert not case.missing
+        for modality in SEQUENCES:
+            path = case.images[modality]
+            assert is_synthetic(path) == (modality in gap)
+            if modality not in gap:
+                assert sha256(path) == sha256(truth.images[modality])
+        assert case.segmentation is not None
+        assert truth.segmentation is not None
+        like = read_volume(case.images[Modality.T1N])
+        labels = [read_labels(path, like) for path in (case.segmentation, truth.segmentation)]
+        assert np.array_equal(*labels)
+
+
+def test_nnunet_gets_one_ending_and_its_labels(make_case: Any, tmp_path: Path, model: Path) -> None:
+    folder = make_case(endings=("-t1n", "-t1c", "-t2w"))
+    packed = folder / "x-t1n.nii.gz"
+    (folder / "x-t1n.nii").write_bytes(gzip.decompress(packed.read_bytes()))
+    packed.unlink()
+    like = read_volume(folder / "x-t1n.nii")
+    labels = np.zeros(like.voxels.shape)
+    labels[2, 3, 4] = 4
+    write_volume(labels, new_volume(labels, like.affine), folder / "x-seg.nii.gz", "cwdm seg")
+    impute(folder, tmp_path / "out", job=Imputation(layout="nnunet", precision="fp32", model=model))
+    images = sorted(path.name for path in (tmp_path / "out/imagesTr").glob("*.nii*"))
+    assert images == [f"x_000{number}.nii.gz" for number in range(4)]
+    made = tmp_path / "out/imagesTr/x_0000.nii.gz"
+    assert gzip.decompress(made.read_bytes()) == (folder / "x-t1n.nii").read_bytes()
+    stored = nib.load(tmp_path / "out/labelsTr/x.nii.gz").get_fdata()
+    assert np.array_equal(np.unique(stored), [0, 3])
+    description = json.loads((tmp_path / "out/dataset.json").read_text())
+    assert description["numTraining"] == 1
+
+
+def test_the_layout_of_the_challenge_holds_what_was_missing(
+    cohort: Path, model: Path, tmp_path: Path
+) -> None:
+    impute(cohort, tmp_path / "out", job=Imputation(layout="brasyn", precision="fp32", model=model))
+    made = sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz"))
+    names = [case.id for case in find_cases(cohort)]
+    assert made == sorted(
+        f"{n}-{m}.nii.gz" for n, gap in zip(names, GAPS, strict=True) for m in gap
+    )
+
+
+def test_a_spoilt_image_is_replaced_in_the_output_alone(
+    cohort: Path, model: Path, tmp_path: Path
+) -> None:
+    case = find_cases(cohort)[0]
+    spoilt = case.images[Modality.T2F]
+    spoilt.write_bytes(b"not even NIfTI")
+    before = hashes(cohort)
+    words = ["impute", "--input", cohort / case.id, "--output", tmp_path / "out", "--model", model]
+    result = run(*words)
+    assert result.exit_code == 1
+    assert str(spoilt) in result.stderr
+    result = run(*words, "--replace", "flair")
+    assert result.exit_code == 0, result.output
+    made = read_case(tmp_path / "out" / case.id)
+    assert is_synthetic(made.images[Modality.T2F])
+    record = json.loads((made.images[Modality.T2F].parent / f"{case.id}-t2f.json").read_text())
+    assert record["replaces"] == {"name": spoilt.name, "sha256": sha256(spoilt)}
+    assert any("that was not used" in warning for warning in record["warnings"])
+    assert set(record["inputs"]) == {"t1n", "t2w"}
+    assert hashes(cohort) == before
+
+
+def test_synthetic_images_are_no_inputs(cohort: Path, model: Path, tmp_path: Path) -> None:
+    impute(cohort, tmp_path / "one", job=Imputation(precision="fp32", model=model))
+    table = impute(
+        tmp_path / "one", tmp_path / "two", job=Imputation(precision="fp32", model=model)
+    )
+    assert [row.split() for row in table["synthetic"]] == [list(gap) for gap in GAPS]
+    ids = [case.id for case in find_cases(cohort)]
+    for name, modality in ((ids[0], "t1c"), (ids[2], "t1n")):
+        one, two = (tmp_path / each / name / f"{name}-{modality}.nii.gz" for each in ("one", "two"))
+        assert np.array_equal(read_volume(one).voxels, read_volume(two).voxels)
+
+
+def test_the_plan_says_what_there_is_to_do(cohort: Path, model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    words = ["impute", "--input", cohort, "--output", output, "--model", model, "--dry-run"]
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    assert not output.exists()
+    assert "4 images to synthesize" in result.stdout
+    job = Imputation(precision="fp32", model=model)
+    planned = plan(job, find(cohort), output)
+    assert list(planned.table["missing"]) == ["t1c", "t2f", "t1n t2w", ""]
+    assert set(planned.table["state"]) == {"new"}
+    assert planned.seconds > 0
+    largest = max(path.stat().st_size for path in cohort.rglob("*-t*.nii.gz"))
+    assert 0 < planned.size <= 4 * largest  # acquired images are linked to
+    impute(cohort, output, job=job)
+    again = plan(job, find(cohort), output)
+    assert (again.images, again.seconds, again.size) == (0, 0, 0)
+    assert set(again.table["state"]) == {"unchanged"}
+
+
+def test_an_empty_case_and_a_corrupt_one_are_told(
+    cohort: Path, model: Path, tmp_path: Path
+) -> None:
+    ids = [case.id for case in find_cases(cohort)]
+    corrupt = cohort / ids[1] / f"{ids[1]}-t1n.nii.gz"
+    corrupt.write_bytes(corrupt.read_bytes()[:-200])
+    for path in (cohort / ids[3]).iterdir():
+        path.unlink()
+    result = run("impute", "--input", cohort, "--output", tmp_path / "out", "--model", model)
+    assert result.exit_code == 1
+    assert f"{ids[1]}: {corrupt}: truncated" in result.stderr
+    assert ids[3] in result.stderr
+    assert "2 done, 2 failed" in result.stdout
+    assert [case.id for case in find_cases(tmp_path / "out")] == [ids[0], ids[2]]
+
+
+@pytest.mark.parametrize("relative", ["cohort/out", "."])
+def test_the_output_lies_apart(cohort: Path, model: Path, tmp_path: Path, relative: str) -> None:
+    result = run("impute", "--input", cohort, "--output", tmp_path / relative, "--model", model)
+    assert result.exit_code == 2
+    assert "expected another folder" in result.stderr
+
+
+def test_a_model_that_is_not_there_is_told_once(cohort: Path, tmp_path: Path) -> None:
+    words = ["impute", "--input", cohort, "--output", tmp_path / "out", "--model", "no.safetensors"]
+    result = run(*words)
+    assert result.exit_code == 2
+    assert result.stderr.count("no.safetensors") == 1
+
+
+def test_options_that_do_not_fit_are_refused(cohort: Path, tmp_path: Path) -> None:
+    words = ["impute", "--input", cohort, "--output", tmp_path / "out"]
+    assert "without --executor ray" in run(*words, "--address", "auto").stderr
+    assert "without --executor slurm" in run(*words, "--slurm", "a=b").stderr
+    assert "expected KEY=VALUE" in run(*words, "--executor", "slurm", "--slurm", "a").stderr
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="found no case"):
+        impute(tmp_path / "empty", tmp_path / "out")
+
+
+# --- forty cases, as people have them
+
+
+def challenge_cohort(cases: list[Path], root: Path, count: int) -> dict[str, Modality]:
+    """Cases with one modality left out by the rule of the BraSyn challenge, under new names."""
+    names = [f"case-{number:02d}" for number in range(count)]
+    drawn = np.random.RandomState(123456).randint(0, 4, count)
+    order = (Modality.T1C, Modality.T1N, Modality.T2F, Modality.T2W)
+    gaps = {name: order[number] for name, number in zip(names, drawn, strict=True)}
+    for number, (name, gap) in enumerate(gaps.items()):
+        (root / name).mkdir(parents=True)
+        for modality, path in read_case(cases[number % len(cases)]).images.items():
+            if modality is not gap:
+                shutil.copyfile(path, root / name / f"{name}-{modality}.nii.gz")
+    return gaps
+
+
+@pytest.mark.slow
+def test_forty_cases_survive_ten_kills(complete: Path, model: Path, tmp_path: Path) -> None:
+    cohort, output = tmp_path / "cohort", tmp_path / "out"
+    gaps = challenge_cohort(
+        [case.images[Modality.T1N].parent for case in find_cases(complete)], cohort, 40
+    )
+    acquired = hashes(cohort)
+    words = [sys.executable, "-m", "cwdm.cli", "impute", "--workers", "2", "--precision", "fp32"]
+    words += ["--model", str(model), "--input", str(cohort), "--output", str(output)]
+    rng = random.Random(1)
+    done: dict[str, tuple[int, int]] = {}
+    for _ in range(10):
+        process = subprocess.Popen(
+            words, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(rng.uniform(3, 9))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for name in [path.stem for path in output.glob(".cwdm/outcomes/[!.]*.json")]:
+            status = (output / name / f"{name}-{gaps[name]}.nii.gz").stat()
+            done.setdefault(name, (status.st_ino, status.st_mtime_ns))
+    assert subprocess.run(words, capture_output=True).returncode == 0
+    table = pd.read_csv(output / "impute.csv")
+    assert Counter(table["state"]).keys() <= {"done", "unchanged"}
+    assert len(table) == 40
+    for case in find_cases(output):
+        assert not case.missing
+        gap = gaps[case.id]
+        assert [m for m in SEQUENCES if is_synthetic(case.images[m])] == [gap]
+        if case.id in done:  # not made again
+            status = case.images[gap].stat()
+            assert (status.st_ino, status.st_mtime_ns) == done[case.id]
+    assert len(find_cases(output)) == 40
+    assert hashes(cohort) == acquired
+    assert not [path for path in output.rglob("*") if path.name.startswith(".cwdm-")]
+
+
+@pytest.mark.slow
+def test_ray_makes_the_same_images(cohort: Path, model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    job = Imputation(precision="fp32", model=model)
+    here = impute(cohort, tmp_path / "here", job=job)
+    there = impute(cohort, tmp_path / "there", job=job, executor=Ray(2))
+    assert list(here["state"]) == list(there["state"]) == ["done"] * 4
+    for one, two in zip(find_cases(tmp_path / "here"), find_cases(tmp_path / "there"), strict=True):
+        for modality in SEQUENCES:
+            voxels = [read_volume(case.images[modality]).voxels for case in (one, two)]
+            np.testing.assert_allclose(*voxels, atol=1)
