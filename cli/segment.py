@@ -88,9 +88,9 @@ def segment(
     cwdm segment --input cohort/ --impute-missing --model nnunet:results/ --output segmented/
     """
     from cwdm.errors import InputError
+    from cwdm.handoff import segment as segment_all
     from cwdm.imputation import Imputation
     from cwdm.modality import parse_modality
-    from cwdm.handoff import segment as segment_all
 
     if replace and not impute_missing:
         raise InputError("--replace: found without --impute-missing")

@@ -7,6 +7,7 @@ all that clean cases have: only gross damage is found.
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Literal, NamedTuple
 
@@ -131,6 +132,9 @@ def findings(volumes: Mapping[Modality, Volume]) -> list[Finding]:
     apart = {m for each in found if each.kind != "duplicate" for m in each.modalities}
     rest = {m: volume for m, volume in volumes.items() if m not in apart}
     if rest and _are_large([masks[m] for m in rest], next(iter(rest.values())).affine):
+        box = _box([masks[m] for m in rest])
+        masks = {m: masks[m][box] for m in rest}
+        rest = {m: replace(volume, voxels=volume.voxels[box]) for m, volume in rest.items()}
         found += [*_fields(rest, masks), *_intensities(rest, masks), *_qualities(rest, masks)]
     return found
 
@@ -140,6 +144,12 @@ def _are_large(masks: Sequence[NDArray[np.bool_]], affine: NDArray[np.float64]) 
     common = np.logical_and.reduce(masks)
     ml = common.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000
     return bool(min(common.shape) >= _FEWEST_VOXELS and ml >= _SMALLEST_BRAIN_ML)
+
+
+def _box(masks: Sequence[NDArray[np.bool_]]) -> tuple[slice, ...]:
+    """Where any of the masks is, and a voxel around it where the grid has one."""
+    (box,) = ndimage.find_objects(np.logical_or.reduce(masks).astype(np.uint8))
+    return tuple(slice(max(each.start - 1, 0), each.stop + 1) for each in box)
 
 
 def _skulls(
@@ -266,11 +276,9 @@ def _qualities(
     if spacing.max() > _COARSEST_MM:
         return []
     found = []
-    union = np.logical_or.reduce([masks[modality] for modality in volumes])
-    (box,) = ndimage.find_objects(union.astype(np.uint8))
     sound = {}
     for modality, volume in volumes.items():
-        brain = spoilt.Brain.of(volume.voxels[box], masks[modality][box], spacing)
+        brain = spoilt.Brain.of(volume.voxels, masks[modality], spacing)
         if (share := spoilt.noise(brain)) > _NOISY:
             message = (
                 f"{volume.path}: found noise of {share:.0%} of the contrast, expected at most "

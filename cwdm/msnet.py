@@ -247,7 +247,7 @@ class MSNet:
             images: the four sequences, (X, Y, Z) in canonical orientation, 1 mm, 0 outside the
                 brain. An image of zeros only stands for a missing one.
             seed: of the noise that fills the background.
-            progress: called with (views done, 9).
+            progress: called with (views done, 9); the search ends early where nothing is found.
         """
         channels = np.stack([_turn(images[modality]) for modality in CHANNELS])
         brain: Mask = np.any(channels > 0, axis=0)

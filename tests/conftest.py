@@ -12,6 +12,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from cwdm.anatomy import mni152
+from cwdm.config import Config, Images, Sampling, Training
+from cwdm.intensity import ScalePrior
+from cwdm.modality import SEQUENCES, others
+from cwdm.model import build_denoiser, save_model
+from cwdm.simulate import simulate, write_case
 from cwdm.unet import UNet, UNetConfig
 
 Ball = Callable[[tuple[int, int, int]], NDArray[np.float64]]
@@ -77,6 +83,36 @@ def make_case(make_image: Callable[..., Path], tmp_path: Path) -> Callable[..., 
         return tmp_path / folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def any_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained network for any gap."""
+    config = Config(
+        name="tiny-any",
+        target="any",
+        conditioning="any",
+        images=Images(spacing_mm=8.0),
+        network=UNetConfig(channels=8, multipliers=(1, 1), res_blocks=1, groups=4, classes=4),
+        sampling=Sampling(sampler="ddpm", steps=3),
+        training=Training(drop_conditions=0.1),
+    )
+    torch.manual_seed(0)
+    state = build_denoiser(config).backbone.state_dict()
+    weights = {k: torch.randn_like(v) * 0.05 for k, v in state.items()}
+    priors = {m: ScalePrior({other: 0.0 for other in others(m)}, 4.0) for m in SEQUENCES}
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    save_model(config, weights, priors, path, overwrite=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four complete simulated cases of 8 mm."""
+    root = tmp_path_factory.mktemp("complete")
+    for number in range(4):
+        write_case(simulate(0, number, mni152(), shape=(24, 28, 20), spacing=8.0), root)
+    return root
 
 
 @pytest.fixture(scope="session")

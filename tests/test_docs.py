@@ -87,6 +87,8 @@ def workplace(
     for number in (4, 5):
         write(f"held-out/BraTS-GLI-{number:05d}-000", number, all_four)
         write("predictions", number, (Modality.T2F,))
+    for number, there in ((21, all_four[:3]), (22, all_four[1:]), (23, all_four)):
+        write(f"cohort/BraTS-GLI-{number:05d}-000", number, there)
     write("more-cases/BraTS-GLI-00006-000", 6, all_four)
     make_image("labelmaps/brain.nii.gz", voxels=label_map())
     layouts(make_image, tmp_path)

@@ -186,6 +186,7 @@ def test_a_synthesis_is_drawn_beside_the_inputs_it_was_made_from(
         target=Modality.T2F,
         inputs={m: Source(name=f"x-{m}.nii.gz", sha256="") for m in case.images},
         absent=(Modality.T2W,),
+        replaces=None,
         model=Source(name="small-t2f", sha256=""),
         seed=0,
         sampler="ddim",

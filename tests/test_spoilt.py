@@ -25,7 +25,7 @@ def white() -> NDArray[np.float64]:
 
 
 @pytest.fixture(scope="module")
-def edges() -> NDArray[np.float64]:
+def edges() -> NDArray[np.floating]:
     """Boxes of tissue, without noise."""
     coarse = np.random.default_rng(1).normal(size=(10, 11, 10))
     return np.kron(coarse, np.ones((6, 6, 6)))[tuple(map(slice, SHAPE))]
@@ -52,7 +52,7 @@ def test_nothing_but_noise_is_noise_of_100_percent(white: NDArray[np.float64]) -
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.3])
 def test_noise_is_told_from_tissue(
-    white: NDArray[np.float64], edges: NDArray[np.float64], share: float
+    white: NDArray[np.float64], edges: NDArray[np.floating], share: float
 ) -> None:
     tissue = edges / edges.std()
     lower, upper = np.quantile(tissue + share * white, [0.25, 0.75])
