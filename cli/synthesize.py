@@ -77,9 +77,10 @@ def synthesize(
     from cwdm.files import check_target
     from cwdm.modality import parse_modality
     from cwdm.synthesis import Synthesizer, output_paths
+    from cwdm.volume import acquired
 
     case = read_case(folder)
-    targets = [parse_modality(name) for name in missing] or list(case.missing)
+    targets = [parse_modality(name) for name in missing] or list(acquired(case).missing)
     if not targets:
         raise InputError(f"{folder}: no modality is missing, expected --missing MODALITY")
     for target in dict.fromkeys(targets):

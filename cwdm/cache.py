@@ -44,7 +44,7 @@ from cwdm.intensity import NORMALIZATIONS, NormalizationName, Scale
 from cwdm.layouts import Found
 from cwdm.modality import SEQUENCES, Modality
 from cwdm.preparation import Box, inside, majority
-from cwdm.volume import Volume, read_labels
+from cwdm.volume import Volume, is_synthetic, read_labels
 
 __all__ = ["CachedCase", "Dtype", "Report", "Status", "fill", "in_processes", "is_cache"]
 __all__ += ["open_cache"]
@@ -379,6 +379,11 @@ def _read(
         return {Modality.CT: volume}, None, [message] if constant else []
     volumes, unfit = read_fit(source)
     problems = [each.message for each in unfit]
+    problems += [
+        f"{volume.path}: is marked as synthetic, expected an acquired image to learn from"
+        for volume in volumes.values()
+        if is_synthetic(volume.path)
+    ]
     if source.segmentation and volumes:
         try:
             labels = read_labels(source.segmentation, next(iter(volumes.values())))

@@ -39,6 +39,8 @@ _AT_A_TIME = 3
 """Cases of a worker: one is read, one computed, one written."""
 _LIVES = 2
 """How often a case may lose its worker."""
+_LAST = ["seconds", "message"]
+"""Columns at the right of the table."""
 _UNFIT = re.compile(r'^\.|[/\\:*?"<>|\x00-\x1f]')
 """What no file name may have in it."""
 
@@ -104,7 +106,7 @@ def run(
     """Do the work on all cases that are due; a row per case, failed ones included.
 
     Columns: case, state (done, unchanged or failed), what the job tells, seconds, message. The same
-    is written as ``<job>.csv``.
+    is written as ``<job>.csv``, there with the cases of earlier runs.
 
     Raises:
         InputError: the output cannot be written, another process is at work in it, or no worker
@@ -123,12 +125,13 @@ def run(
             ledger.put(entries)
             for done, failed in _work(job, tasks, output, executor, ledger):
                 report(Tally(len(tasks), done, failed))
-            rows = _rows(found, ledger, unchanged)
+            table = _table(ledger, unchanged)
         finally:
             ledger.close()
         with atomic_write(output / f"{job.name}.csv", overwrite=True) as temporary:
-            rows.to_csv(temporary, index=False)
-    return rows
+            table.to_csv(temporary, index=False)
+    asked = {case.id for case in found.cases} | {problem.case for problem in found.problems}
+    return table[table["case"].isin(asked)].reset_index(drop=True)
 
 
 def _clear(place: Path) -> None:
@@ -261,22 +264,16 @@ def _work(
     yield counts["done"], counts["failed"]
 
 
-def _rows(found: Found, ledger: Ledger, unchanged: set[str]) -> pd.DataFrame:
-    """The table that the user gets."""
-    names = {case.id for case in found.cases} | {problem.case for problem in found.problems}
+def _table(ledger: Ledger, unchanged: set[str]) -> pd.DataFrame:
+    """A row for every case that was ever worked on."""
     rows = []
     for entry in ledger.entries():
-        if entry.case in names:
-            state = "unchanged" if entry.case in unchanged else entry.state
-            told = {key: _text(value) for key, value in entry.notes.items()}
-            seconds = round(entry.seconds, 2)
-            row = {"case": entry.case, "state": state, **told, "seconds": seconds}
-            rows.append({**row, "message": entry.message})
-    table = pd.DataFrame(rows)
-    if not rows:
-        return table
-    last = ["seconds", "message"]
-    return table[[*(name for name in table if name not in last), *last]]
+        state = "unchanged" if entry.case in unchanged else entry.state
+        told = {key: _text(value) for key, value in entry.notes.items()}
+        row = {"case": entry.case, "state": state, **told, "seconds": round(entry.seconds, 2)}
+        rows.append({**row, "message": entry.message})
+    table = pd.DataFrame(rows, columns=None if rows else ["case", "state", *_LAST])
+    return table[[*(name for name in table if name not in _LAST), *_LAST]]
 
 
 def _text(value: Any) -> Any:

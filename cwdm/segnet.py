@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from monai.inferers.utils import sliding_window_inference
 from monai.losses.dice import DiceLoss
 from monai.networks.nets.segresnet import SegResNet
 from numpy.typing import NDArray
@@ -46,6 +47,8 @@ __all__ = [
 REGIONS = ("WT", "TC", "ET")
 """In channel order; each lies inside the one before."""
 
+_OVERLAP = 0.25
+"""Of neighboring windows."""
 _NCR, _ED, _ET = 1, 2, 3  # labels of BraTS 2023
 _FORMAT = "cwdm-segnet-1"
 _dice = DiceLoss(sigmoid=True, batch=True, smooth_nr=1, smooth_dr=1)
@@ -63,6 +66,8 @@ class SegNetConfig:
     """Residual blocks per level on the way up, one level fewer."""
     groups: int = 8
     """Of the group normalization."""
+    window: int = 80
+    """Side of the blocks it learned from, voxels; of larger ones its group norms know nothing."""
 
 
 class SegNet(nn.Module):
@@ -133,14 +138,12 @@ def load(path: Path) -> SegNet:
 
 def normalize(
     images: Mapping[Modality, NDArray[np.generic]],
-    multiple: int,
     brain: NDArray[np.bool_] | None = None,
 ) -> tuple[Tensor, Box]:
     """What the network sees of a case: its brain, each sequence with mean 0 and deviation 1 in it.
 
     Args:
         images: (X, Y, Z) in canonical orientation, scanner units, those that there are.
-        multiple: every axis of the result is a multiple of this, see ``SegNet.multiple``.
         brain: (X, Y, Z); left out, where any image is not 0.
 
     Returns:
@@ -157,7 +160,7 @@ def normalize(
         brain = np.any([image != 0 for image in given.values()], axis=0)
     if not brain.any():
         raise InputError("the images are 0 everywhere, expected a brain")
-    box = Box.around(brain, multiple)
+    box = Box.around(brain, 1)
     inside = box.crop(brain)
     normalized = np.zeros((len(SEQUENCES), *box.size), np.float32)
     for channel, modality in enumerate(SEQUENCES):
@@ -175,15 +178,17 @@ def segment(
     brain: NDArray[np.bool_] | None = None,
     precision: Precision = "auto",
 ) -> NDArray[np.float32]:
-    """Probabilities (3, X, Y, Z) of the regions, 0 outside the brain; the whole brain at once.
+    """Probabilities (3, X, Y, Z) of the regions, 0 outside the brain.
 
     Args:
         images, brain: as in ``normalize``.
     """
-    normalized, box = normalize(images, net.multiple, brain)
+    normalized, box = normalize(images, brain)
     device = next(net.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=choose_bf16(precision, device)):
-        logits = net(normalized[None].to(device))
+        logits = sliding_window_inference(
+            normalized[None].to(device), net.config.window, 1, net, _OVERLAP, "gaussian"
+        )
     probabilities = torch.sigmoid(logits[0].float()) * (normalized != 0).any(0).to(device)
     shape = next(iter(images.values())).shape
     return np.stack([box.uncrop(region, shape) for region in probabilities.cpu().numpy()])

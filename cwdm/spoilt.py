@@ -21,6 +21,7 @@ _RIM_MM = 4.0
 _SHORTEST_ECHO = 15
 """Voxels; nearer to an edge there is anatomy. Ten ghosts are 15 to 24 mm apart."""
 _BLUR_MM = 20.0
+"""Deviation of the Gaussian that leaves of an image no more than its shading."""
 _WINDOW = 5
 """Voxels along each side of a neighborhood."""
 _POINTS = 60_000
@@ -43,14 +44,14 @@ class Brain:
         mask: NDArray[np.bool_],
         spacing: NDArray[np.float64],
     ) -> "Brain":
-        """Of an image (X, Y, Z) whose mask is not empty and whose brain is not all one value."""
+        """Of an image (X, Y, Z) whose mask is not empty; spacing (3,) in mm."""
         a, b, c = (max(1, round(_VOXEL_MM / each)) for each in spacing)
         x, y, z = (n // factor for n, factor in zip(mask.shape, (a, b, c), strict=True))
-        blocks = (slice(x * a), slice(y * b), slice(z * c)), (x, a, y, b, z, c)
-        voxels = voxels[blocks[0]].reshape(blocks[1]).mean(axis=(1, 3, 5))
-        mask = np.all(mask[blocks[0]].reshape(blocks[1]), axis=(1, 3, 5))
+        whole, blocks = np.s_[: x * a, : y * b, : z * c], (x, a, y, b, z, c)
+        voxels = voxels[whole].reshape(blocks).mean(axis=(1, 3, 5))
+        mask = np.all(mask[whole].reshape(blocks), axis=(1, 3, 5))
         low, high = np.quantile(voxels[mask], [0.01, 0.99])
-        scaled = ((voxels - low) / (high - low)).clip(0, 1)
+        scaled = ((voxels - low) / max(high - low, np.finfo(np.float32).tiny)).clip(0, 1)
         return cls(np.where(mask, scaled, 0).astype(np.float32), mask)
 
 
@@ -59,7 +60,7 @@ def gaps(mask: NDArray[np.bool_]) -> int:
     empty = 0
     for axis in range(3):
         area = mask.sum(axis=tuple({0, 1, 2} - {axis}))
-        first, *_, last = np.flatnonzero(area > area.max() / 5)
+        first, last = np.flatnonzero(area > area.max() / 5)[[0, -1]]
         empty += int((area[first:last] < area.max() / 100).sum())
     return empty
 

@@ -5,6 +5,7 @@ read -> normalize, cut out the brain -> wavelet coefficients -> sample -> image 
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -169,9 +170,7 @@ class Synthesizer:
             if all(source.voxels.min() >= 0 for source in volumes.values()):
                 voxels = voxels.clip(min=0)
             volume = replace(like, voxels=voxels)
-        replaces = None
-        if (path := case.images.get(target)) and not compat:
-            replaces = Source(name=path.name, sha256=sha256(path))
+        replaces = None if compat else _replaced(case, target)
         provenance = Provenance(
             cwdm=__version__,
             torch=torch.__version__,
@@ -239,6 +238,15 @@ class Synthesizer:
                 f"{self.model.config.name} needs"
             )
         return absent
+
+
+def _replaced(case: Case, target: Modality) -> Source | None:
+    """The acquired image of the target, which may be damaged."""
+    path = case.images.get(target)
+    with suppress(InputError):
+        if path is None or is_synthetic(path):
+            return None
+    return Source(name=path.name, sha256=sha256(path)) if path else None
 
 
 def output_paths(

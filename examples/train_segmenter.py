@@ -81,7 +81,7 @@ class Example:
         brain: NDArray[np.bool_],
         rng: np.random.Generator,
     ) -> "Example":
-        normalized, box = normalize(images, 1, brain)
+        normalized, box = normalize(images, brain)
         labels, brain = box.crop(labels), box.crop(brain)
         inside = some(brain, rng)
         return cls(
@@ -272,7 +272,13 @@ def train(
 @click.option("--steps", default=10_000, show_default=True)
 @click.option("--hours", default=inf, help="End after this time, if not all steps are done.")
 @click.option("--batch", default=2, show_default=True)
-@click.option("--patch", "size", default=80, show_default=True, help="Voxels along each axis.")
+@click.option(
+    "--patch",
+    "size",
+    default=SegNetConfig.window,
+    show_default=True,
+    help="Voxels along each axis.",
+)
 @click.option("--filters", default=SegNetConfig.filters, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--device", default="auto", show_default=True)
@@ -302,7 +308,7 @@ def main(
     try:
         check_target(output, overwrite)
         where = choose_device(device)
-        net = SegNet(SegNetConfig(filters=filters)).to(where)
+        net = SegNet(SegNetConfig(filters=filters, window=size)).to(where)
         if size % net.multiple:
             raise InputError(f"--patch {size}: expected a multiple of {net.multiple}")
         held_out = read(val) if val else []

@@ -33,7 +33,15 @@ from cwdm.intensity import NORMALIZATIONS, NormalizationName
 from cwdm.layouts import Found, Problem, find
 from cwdm.modality import SEQUENCES, Modality
 from cwdm.preparation import Box, prepare
-from cwdm.volume import Volume, brain_mask, new_volume, read_labels, read_volumes
+from cwdm.volume import (
+    Volume,
+    brain_mask,
+    new_volume,
+    read_labels,
+    read_volume,
+    read_volumes,
+    write_volume,
+)
 
 MakeImage = Callable[..., Path]
 
@@ -576,3 +584,18 @@ def test_the_real_cases_pass_and_are_kept(shared: Path, tmp_path: Path, dtype: D
                 error = abs(read - volume.voxels)
             tolerance = {"float16": 0.003, "uint8": 0.02}[dtype]  # of a standard deviation
             assert error[inside].mean() < tolerance * scale.scale
+
+
+def test_nothing_is_learnt_from_synthetic_images(
+    write_cases: Callable[..., Path], tmp_path: Path
+) -> None:
+    root = write_cases(2)
+    path = root / "case1" / "case1-t2w.nii.gz"
+    like = read_volume(path)
+    path.unlink()
+    write_volume(like.voxels, like, path, "cwdm 1 SYNTHETIC t2w")
+    good, bad = sorted(fill(find(root), tmp_path / "cache"))
+    assert not good.problems
+    assert bad.problems == (
+        f"{path}: is marked as synthetic, expected an acquired image to learn from",
+    )

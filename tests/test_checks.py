@@ -513,7 +513,7 @@ def test_real_images_that_are_mirrored_are_found(shared: Path) -> None:
 def test_real_images_that_are_spoilt_are_found(shared: Path, modality: Modality) -> None:
     spoilers: list[tuple[str, Callable[..., Any]]] = [
         ("noise", torchio.RandomNoise(std=(0.5, 0.5))),
-        ("blur", torchio.RandomBlur(std=2)),
+        ("blur", torchio.RandomBlur(std=(2, 2))),
         ("motion", torchio.RandomGhosting(num_ghosts=(4, 10), intensity=(1, 2))),
         ("field-of-view", lambda image: slab(2, 0, 60)(image[0].numpy())[None]),
     ]

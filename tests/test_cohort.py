@@ -152,6 +152,15 @@ def test_a_cohort_that_grows_goes_on(cohort: Path, output: Path) -> None:
     assert states(cohort, output) == {"unchanged": 6, "done": 1}
 
 
+def test_the_table_keeps_the_cases_of_earlier_runs(cohort: Path, output: Path) -> None:
+    assert states(cohort / "c1", output) == {"done": 1}
+    assert states(cohort / "c2", output) == {"done": 1}
+    assert [line[:3] for line in (output / "copy.csv").read_text().splitlines()[1:]] == [
+        "c1,",
+        "c2,",
+    ]
+
+
 # --- what goes wrong
 
 

@@ -1,6 +1,9 @@
 import errno
+import gzip
 import hashlib
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -8,7 +11,15 @@ from typing import NoReturn
 import pytest
 
 from cwdm.errors import InputError
-from cwdm.files import atomic_write, check_target, sha256
+from cwdm.files import (
+    atomic_write,
+    check_target,
+    gzip_copy,
+    link_or_copy,
+    lock,
+    move_new,
+    sha256,
+)
 
 
 def write(path: Path, text: str, **options: bool) -> None:
@@ -153,3 +164,60 @@ def refuse(code: int) -> Callable[..., NoReturn]:
         raise OSError(code, os.strerror(code))
 
     return fail
+
+
+def test_a_lock_is_for_one_process_and_ends_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "lock"
+    code = f"import pathlib, cwdm.files; cwdm.files.lock(pathlib.Path({str(path)!r}))"
+    mine = lock(path)
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "folder: another process is at work in it" in other.stderr
+    mine.close()
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    lock(path).close()
+
+
+def test_a_file_is_handed_on_as_the_same_or_as_a_copy(tmp_path: Path) -> None:
+    source = tmp_path / "a"
+    source.write_text("same")
+    link_or_copy(source, tmp_path / "link")
+    link_or_copy(source, tmp_path / "copy", copy=True)
+    gzip_copy(source, tmp_path / "packed.gz")
+    assert (tmp_path / "link").samefile(source)
+    assert not (tmp_path / "copy").samefile(source)
+    assert (tmp_path / "copy").read_text() == "same"
+    assert gzip.decompress((tmp_path / "packed.gz").read_bytes()) == b"same"
+    (tmp_path / "symbolic").symlink_to(source)
+    link_or_copy(tmp_path / "symbolic", tmp_path / "real")  # the file, not the link to it
+    assert not (tmp_path / "real").is_symlink()
+
+
+def test_where_links_are_not_possible_there_is_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*paths: Path) -> NoReturn:
+        raise OSError(errno.EXDEV, "another disk")
+
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "a").write_text("same")
+    link_or_copy(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "same"
+
+
+@pytest.mark.parametrize("move", [move_new, link_or_copy, gzip_copy])
+def test_nothing_that_is_there_is_replaced(
+    move: Callable[[Path, Path], None], tmp_path: Path
+) -> None:
+    (tmp_path / "a").write_text("new")
+    (tmp_path / "b").write_text("old")
+    with pytest.raises(InputError, match="already exists"):
+        move(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "old"
+    assert (tmp_path / "a").read_text() == "new"
+
+
+def test_a_file_moves_and_is_gone_where_it_was(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("x")
+    move_new(tmp_path / "a", tmp_path / "new" / "b")
+    assert not (tmp_path / "a").exists()
+    assert (tmp_path / "new" / "b").read_text() == "x"

@@ -270,3 +270,27 @@ def test_geometry_of_odd_real_cases_comes_back_exactly(odd, shared, model_file, 
             np.testing.assert_array_equal(ours, theirs)
     assert image.header.get_zooms() == like.header.get_zooms()
     assert image.get_data_dtype() == like.get_data_dtype()
+
+
+def test_a_synthetic_image_in_the_case_counts_as_missing(make_case, model_file, tmp_path):
+    folder = make_case(endings=("-t1n", "-t1c", "-t2w"))
+    words = ["synthesize", "--input", folder, "--model", model_file, "--output"]
+    assert run(*words, folder).exit_code == 0
+    first = folder / "x-t2f.nii.gz"
+    assert is_synthetic(first)
+    result = run(*words, tmp_path / "again")  # without --missing: what the case lacks
+    assert result.exit_code == 0, result.output
+    again = tmp_path / "again" / "x-t2f.nii.gz"
+    assert again.read_bytes() == first.read_bytes()
+    made = Synthesizer.load(TARGET, model_file)(read_case(folder))
+    assert made.provenance.replaces is None  # it was not acquired
+    assert set(made.provenance.inputs) == set(others(TARGET))
+
+
+def test_the_record_names_the_acquired_image_that_was_not_used(make_case, model_file):
+    case = read_case(make_case())
+    record = Synthesizer.load(TARGET, model_file)(case).provenance
+    assert record.replaces.name == "x-t2f.nii.gz"
+    assert record.replaces.sha256 == sha256(case.images[TARGET])
+    assert any("x-t2f.nii.gz, that was not used" in warning for warning in record.warnings)
+    assert Synthesizer.load(TARGET, model_file)(case.without(TARGET)).provenance.replaces is None
