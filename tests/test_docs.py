@@ -4,7 +4,7 @@ Blocks run in order, in a folder that holds what the text takes for granted (`wo
 
     ```sh       commands that succeed             ```console   `$ command`, then its error, exactly
     ```python   runs, sharing names               ```toml      a configuration, saved as `# name`
-    ```json     the record beside an image        ```text      only to read
+    ```json     a record; or what `network.pt` is  ```text      only to read
 
 At the end, every path in inline code has to be there, in that folder or in the repository.
 """
@@ -90,6 +90,8 @@ def workplace(
     for number, there in ((21, all_four[:3]), (22, all_four[1:]), (23, all_four)):
         write(f"cohort/BraTS-GLI-{number:05d}-000", number, there)
     write("more-cases/BraTS-GLI-00006-000", 6, all_four)
+    network = torch.jit.script(torch.nn.Conv3d(4, 3, 1))
+    torch.jit.save(network, tmp_path / "network.pt")
     make_image("labelmaps/brain.nii.gz", voxels=label_map())
     layouts(make_image, tmp_path)
 
@@ -205,6 +207,8 @@ def test_a_document_works_as_written(document: Path, workplace: Path) -> None:
                 result = run(line)
                 said = [each for each in result.stderr.splitlines() if "cwdm: error:" in each]
                 assert (said, result.exit_code) == (expected, 2), (block.where, line)
+        elif block.language == "json" and '"channels"' in block.text:
+            (workplace / "network.json").write_text(block.text)
         elif block.language == "python":
             exec(compile(block.text, block.where, "exec"), names)
         elif block.language == "toml":
