@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cwdm.floors import VoxelRegression
     from cwdm.modality import Modality
     from cwdm.model import Model
+    from cwdm.protocols import ProtocolName
     from cwdm.synthesis import Synthesizer
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -33,7 +34,20 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
     "--fit",
     type=FOLDER,
     help="Other complete cases, to fit regressions on that a model has to beat. "
-    "Without it the only floors are copies of the other modalities.",
+    "Without it the only floors are blank images and copies of the other modalities.",
+)
+@click.option(
+    "--seg",
+    type=FOLDER,
+    help="Segmentations <id>-seg.nii.gz, anywhere below a folder, instead of those of the cases.",
+)
+@click.option(
+    "--protocol",
+    type=click.Choice(["aligned", "brasyn", "published"]),
+    default="aligned",
+    show_default=True,
+    help="How images are scaled and where they are compared: after a fit of the intensities in the "
+    "brain; as in the BraSyn challenge; or as published for cWDM.",
 )
 @click.option(
     "--model",
@@ -55,6 +69,8 @@ def evaluate(
     truth: Path,
     pred: Path | None,
     fit: Path | None,
+    seg: Path | None,
+    protocol: "ProtocolName",
     models: tuple[Path, ...],
     names: tuple[str, ...],
     output: Path,
@@ -84,10 +100,12 @@ def evaluate(
         summarize,
         tabulate,
         verdicts,
+        with_segmentations,
         write_tables,
     )
     from cwdm.modality import parse_modality
     from cwdm.montage import write_png
+    from cwdm.protocols import PROTOCOLS
 
     there = [output / file for file in FILES if (output / file).exists()]
     if there and not overwrite:
@@ -98,6 +116,8 @@ def evaluate(
     cases = complete_cases(found)
     if len(cases) < len(found):
         click.echo(f"Left out {len(found) - len(cases)} cases that are not complete.", err=True)
+    if seg is not None:
+        cases = with_segmentations(cases, seg)
     targets = [parse_modality(each) for each in names]
     notes: dict[str, object] = {"method": name}
     if pred is not None:
@@ -117,13 +137,18 @@ def evaluate(
         regressions = _regressions(fit_cases, cases, targets)
         notes["floors fitted on"] = [case.id for case in fit_cases]
     else:
-        click.echo("Without --fit the only floors are copies of other modalities.", err=True)
+        click.echo("Without --fit the only floors are blank images and copies.", err=True)
     scores = []
     with tqdm(total=len(cases) * len(targets), unit="image", disable=None) as bar:
         for case in cases:
             bar.set_description(case.id)
             for comparison in compare(
-                case, predict, targets=targets, regressions=regressions, name=name
+                case,
+                predict,
+                targets=targets,
+                regressions=regressions,
+                name=name,
+                protocol=PROTOCOLS[protocol],
             ):
                 scores += comparison.scores
                 if pictures:
@@ -133,7 +158,8 @@ def evaluate(
     table = tabulate(scores)
     write_tables(table, output, notes=notes, overwrite=overwrite)
     summary = summarize(table)
-    click.echo("\n".join([markdown(summary), *verdicts(summary), f"Written to {output}"]))
+    text = PROTOCOLS[protocol].text
+    click.echo("\n".join([text, "", markdown(summary), *verdicts(summary), f"Written to {output}"]))
 
 
 def _synthesizers(

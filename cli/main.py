@@ -23,11 +23,14 @@ COMMANDS = {
     "impute": (".impute:impute", "Complete the cases of a cohort."),
     "segment": (".segment:segment", "Segment the tumors of complete cases."),
     "generate": (".generate:generate", "Generate images of no patient, from noise alone."),
+    "fidelity": (".fidelity:fidelity", "How near generated images are to real ones."),
     "prepare": (".prepare:prepare", "Check cases and pack them for training."),
     "train": (".train:train", "Train a model on cases of your own."),
     "doctor": (".doctor:doctor", "Say in words what is wrong with a training run."),
     "simulate": (".simulate:simulate", "Write simulated cases with known truth."),
     "evaluate": (".evaluate:evaluate", "Compare a model with simpler predictions."),
+    "overlap": (".overlap:overlap", "Compare segmentations with the truth."),
+    "calibrate": (".calibrate:calibrate", "Measure what the spread of samples is worth."),
     "models": (".models:models", "List, inspect, convert and download models."),
 }
 """Name -> where it is, what it does."""

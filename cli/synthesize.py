@@ -35,6 +35,13 @@ from . import options
     "ships]",
 )
 @options.preset
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Of several, write the mean, and <id>-<modality>-std, -low and -high.nii.gz.",
+)
 @options.steps
 @options.sampler
 @options.seed
@@ -53,6 +60,7 @@ def synthesize(
     output: Path,
     model: Path | None,
     preset: str | None,
+    samples: int,
     steps: int | tuple[int, ...] | None,
     sampler: str | None,
     seed: int,
@@ -84,9 +92,10 @@ def synthesize(
     if not targets:
         raise InputError(f"{folder}: no modality is missing, expected --missing MODALITY")
     for target in dict.fromkeys(targets):
-        acquired = case.without(*(other for other in targets if other != target))
-        output_paths(case, target, output, overwrite=overwrite)  # fail before the work, not after
-        if preview and compat and target in acquired.images:
+        given = case.without(*(other for other in targets if other != target))
+        # fail before the work, not after
+        output_paths(case, target, output, overwrite=overwrite, maps=samples > 1)
+        if preview and compat and target in given.images:
             raise InputError("--preview: the image of sample.py lies on no case, drop --compat")
         if preview:
             check_target(output / f"{case.id}-{target}.png", overwrite)
@@ -104,8 +113,9 @@ def synthesize(
                 bar.update(done - bar.n)
 
             synthesis = synthesizer(
-                acquired,
+                given,
                 seed=seed,
+                samples=samples,
                 steps=steps,
                 sampler=sampler,
                 compat=compat is not None,
@@ -113,6 +123,10 @@ def synthesize(
             )
         path = synthesis.write(output, overwrite=overwrite)
         click.echo(path)
+        if interval := synthesis.provenance.interval:
+            for name in interval.files.values():
+                click.echo(path.with_name(name))
+            click.echo(f"The interval says nothing in {interval.wide:.1%} of the brain.", err=True)
         for warning in synthesis.provenance.warnings:
             click.echo(f"note: {warning}", err=True)
         if preview:

@@ -1,6 +1,6 @@
 """Hold out each modality of complete cases, have it predicted, and compare, always beside floors.
 
-Rows are tidy: one per case, modality, method and region. What the figures mean is in `PROTOCOL`.
+Rows are tidy: one per case, modality, method and region. What the figures mean is in `protocols`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Self
 
@@ -21,15 +22,23 @@ from cwdm import __version__
 from cwdm.case import Case
 from cwdm.errors import InputError
 from cwdm.files import atomic_write
-from cwdm.floors import CaseFeatures, VoxelRegression, VoxelSample
-from cwdm.metrics import Aligned, mae, psnr, ssim_map
+from cwdm.floors import (
+    CaseFeatures,
+    VoxelRegression,
+    VoxelSample,
+    blurred,
+    constant_brain,
+    erased,
+    zeros,
+)
 from cwdm.modality import SEQUENCES, Modality, others
 from cwdm.montage import montage, voxel_size_mm
+from cwdm.protocols import FIGURES, PROTOCOLS, REGIONS, Protocol
+from cwdm.segmentation import Labels, brats_labels
 from cwdm.volume import Volume, brain_mask, read_labels, read_volumes
 
 __all__ = [
     "FILES",
-    "PROTOCOL",
     "Comparison",
     "Predict",
     "Predictions",
@@ -44,6 +53,7 @@ __all__ = [
     "summarize",
     "tabulate",
     "verdicts",
+    "with_segmentations",
     "write_tables",
 ]
 
@@ -53,16 +63,18 @@ Mask = NDArray[np.bool_]
 Predict = Callable[[Case, Modality], Voxels]
 """(a case without the target, the target) -> (X, Y, Z) in canonical orientation."""
 
-PROTOCOL = (
-    "Each modality of each case is withheld in turn. In the brain of the truth, the prediction is "
-    "brought to the truth by one affine intensity fit (least squares). Data range: 0.5 % to 99.5 % "
-    "quantile of the truth in the brain; outside the brain both are 0. PSNR in dB; SSIM: mean over "
-    "the region of the 3D SSIM map (Gaussian window, sigma 1.5, 11 voxels); MAE in shares of the "
-    "range. Tumor: all labels of the segmentation, with the fit and range of the brain."
-)
+ALIGNED = PROTOCOLS["aligned"]
 FILES = ("metrics.csv", "summary.csv", "summary.json", "summary.md")
-FIGURES = ["psnr", "ssim", "mae"]
-REGIONS = ["brain", "tumor"]
+LOWER_IS_BETTER = {"mae", "mse"}
+SHOWN_FIGURES = ("psnr", "ssim", "mae")
+SHOWN_REGIONS = ("brain", "WT", "ET")
+TUMOR_REGIONS = ("WT", "TC", "ET")
+KINDS = ("model", "floor", "spoilt truth")
+ERASED = "tumor erased"
+BLANK = ("zeros", "constant brain", ERASED)
+"""Images that know nothing of a tumor."""
+SATURATED = 0.95
+"""An SSIM that one of them gets in a tumor leaves no room to tell a good image from it."""
 NAMES = {"ridge": "ridge regression", "boosting": "boosted regression"}
 
 
@@ -74,13 +86,19 @@ class Score:
     modality: str
     method: str
     kind: str
-    """"model" for what is judged, "floor" for what it has to beat."""
+    """"model" for what is judged, "floor" for what it has to beat, "spoilt truth" for the truth
+    made worse on purpose, which no method can reach."""
+    protocol: str
+    """What the figures mean, see `protocols.PROTOCOLS`."""
     region: str
-    """"brain", or "tumor" where there is a segmentation."""
+    """One of `protocols.REGIONS`; those of a tumor only where there is a segmentation."""
     voxels: int
     psnr: float
     ssim: float
     mae: float
+    ms_ssim: float
+    mse: float
+    ncc: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,20 +122,23 @@ def evaluate(
     targets: Sequence[Modality] = SEQUENCES,
     regressions: Sequence[VoxelRegression] = (),
     name: str = "cwdm",
+    protocol: Protocol = ALIGNED,
 ) -> pd.DataFrame:
     """Withhold each target of each case, predict it, and compare. One row per `Score`.
 
     Args:
         cases: complete ones, see `complete_cases`.
         predict: the model to judge, called with the case without the target; None for floors alone.
-        regressions: fitted floors, see `fit_regressions`. Copies need no fit and are always there.
+        regressions: fitted floors, see `fit_regressions`. The others need no fit and are always
+            there.
         name: the model's name in the table.
+        protocol: how predictions are compared with the truth.
     """
     comparisons = (
         comparison
         for case in cases
         for comparison in compare(
-            case, predict, targets=targets, regressions=regressions, name=name
+            case, predict, targets=targets, regressions=regressions, name=name, protocol=protocol
         )
     )
     return tabulate(score for comparison in comparisons for score in comparison.scores)
@@ -130,28 +151,38 @@ def compare(
     targets: Sequence[Modality] = SEQUENCES,
     regressions: Sequence[VoxelRegression] = (),
     name: str = "cwdm",
+    protocol: Protocol = ALIGNED,
 ) -> Iterator[Comparison]:
     """As `evaluate`, for one case, one target at a time, so that a caller can show progress.
 
     Raises:
-        InputError: a modality is absent or unreadable, or a prediction lies on another grid.
+        InputError: a modality is absent or unreadable, a prediction lies on another grid, or the
+            segmentation has other labels than those of BraTS.
     """
     volumes = read_volumes(case, SEQUENCES)
-    tumor = read_labels(case.segmentation, volumes[targets[0]]) > 0 if case.segmentation else None
+    labels: Labels | None = None
+    if case.segmentation:
+        found = read_labels(case.segmentation, volumes[targets[0]])
+        labels = brats_labels(found, case.segmentation)
+    tumor = None if labels is None else labels > 0
     features = CaseFeatures.of(volumes) if regressions else None
     for target in targets:
         truth = volumes[target]
-        regions = {"brain": brain_mask(truth)}
-        if tumor is not None:
-            regions["tumor"] = tumor
-        scores = []
+        brain = brain_mask(truth)
         predicted = None
         if predict is not None:
             predicted = predict(case.without(target), target)
             _check(predicted, truth, f"{name}: {target} of case {case.id}")
-            scores += _score(predicted, truth, regions, case, target, name, "model")
-        for method, floor in _floors(volumes, features, regressions, target):
-            scores += _score(floor, truth, regions, case, target, method, "floor")
+        images = chain(
+            [] if predicted is None else [(name, "model", predicted)],
+            _floors(volumes, features, regressions, target),
+            _spoilt(truth, tumor),
+        )
+        scores = [
+            Score(case.id, target.value, method, kind, protocol.name, region, size, **figures)
+            for method, kind, image in images
+            for region, size, figures in protocol.figures(image, truth.voxels, brain, labels)
+        ]
         yield Comparison(case, target, scores, predicted, volumes, tumor)
 
 
@@ -161,6 +192,28 @@ def complete_cases(cases: Iterable[Case]) -> list[Case]:
     if not complete:
         raise InputError(f"found no case with all of {', '.join(SEQUENCES)}, expected at least one")
     return complete
+
+
+def with_segmentations(cases: Iterable[Case], root: Path) -> list[Case]:
+    """The cases with the segmentations in `<id>-seg.nii.gz` (or `.nii`) anywhere below `root`.
+
+    Raises:
+        InputError: not a folder; no segmentation for one of the cases, or two.
+    """
+    if not root.is_dir():
+        raise InputError(f"{root}: not a folder, expected one with segmentations")
+    files: dict[str, Path] = {}
+    for path in sorted(root.rglob("*-seg.nii*")):
+        case_id = path.name.removesuffix(".gz").removesuffix("-seg.nii")
+        if case_id in files:
+            raise InputError(f"{files[case_id]} and {path}: two segmentations of one case")
+        files[case_id] = path
+    segmented = []
+    for case in cases:
+        if case.id not in files:
+            raise InputError(f"{root}: found no {case.id}-seg.nii.gz, expected one for every case")
+        segmented.append(replace(case, segmentation=files[case.id]))
+    return segmented
 
 
 def draw_sample(cases: Iterable[Case], *, seed: int = 0) -> VoxelSample:
@@ -253,8 +306,8 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
     )
     order = {
         "modality": [m.value for m in SEQUENCES],
-        "region": REGIONS,
-        "kind": ["model", "floor"],
+        "region": list(REGIONS),
+        "kind": list(KINDS),
     }
     summary = means.reset_index()
     for column, values in order.items():
@@ -266,42 +319,77 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def verdicts(summary: pd.DataFrame) -> list[str]:
-    """One sentence per modality: does the model beat every floor in the brain, or which not."""
-    sentences = []
-    brain = summary[summary["region"] == "brain"]
-    for modality, rows in brain.groupby("modality", sort=False):
-        floors = rows[rows["kind"] == "floor"]
-        for _, model in rows[rows["kind"] == "model"].iterrows():
-            ahead = {
-                figure: [
-                    NAMES.get(m, m) for m in floors.loc[floors[figure] >= model[figure], "method"]
-                ]
-                for figure in ("psnr", "ssim")
-            }
-            lost = "; ".join(f"{f.upper()}: {', '.join(m)}" for f, m in ahead.items() if m)
+    """One line per modality: is the model better than every floor, and which figures say nothing.
+
+    Looked at are PSNR, SSIM and MAE in the brain and in the tumor. In the tumor the truth with its
+    tumor erased has to be beaten, too.
+    """
+    lines = []
+    for modality, rows in summary.groupby("modality", sort=False):
+        for model in rows.loc[rows["kind"] == "model", "method"].unique():
+            lost = [
+                f"{region} {figure.upper()}: {NAMES.get(ahead, ahead)}"
+                for region in SHOWN_REGIONS
+                for figure in SHOWN_FIGURES
+                if (ahead := _ahead(rows[rows["region"] == region], figure, model))
+            ]
+            fitted = rows["method"].isin(list(NAMES)).any()
             if lost:
-                said = f"is not better than every floor ({lost})"
-            elif floors["method"].isin(list(NAMES)).any():
+                said = f"is not better than every floor ({'; '.join(lost)})"
+            elif fitted:
                 said = "beats every floor"
             else:
-                said = "beats every copy of another modality; no regression was fitted"
-            sentences.append(f"{modality}: {model['method']} {said}.")
-    return sentences
+                said = "beats every floor, but no regression was fitted"
+            lines.append(" ".join([f"{modality}: {model} {said}.", *_blind(rows)]))
+    return lines
+
+
+def _ahead(rows: pd.DataFrame, figure: str, model: str) -> str | None:
+    """The best method that the model does not beat in this figure; all rows are of one region."""
+    values = rows.set_index("method")[figure]
+    region = rows["region"].iloc[0] if len(rows) else None
+    opponents = (rows["kind"] == "floor") | ((rows["method"] == ERASED) & (region in TUMOR_REGIONS))
+    against = values[opponents.to_numpy()]
+    if model not in values or against.empty:
+        return None
+    lower = figure in LOWER_IS_BETTER
+    best = str(against.idxmin() if lower else against.idxmax())
+    beaten = values[model] < against[best] if lower else values[model] > against[best]
+    return None if beaten else best
+
+
+def _blind(rows: pd.DataFrame) -> Iterator[str]:
+    """What SSIM in a tumor gives images that know nothing of it, where that is nearly all."""
+    for region in TUMOR_REGIONS:
+        values = rows[rows["region"] == region].set_index("method")["ssim"]
+        high = [
+            f"{method} {values[method]:.3f}"
+            for method in BLANK
+            if method in values and values[method] > SATURATED
+        ]
+        if high:
+            yield f"{region} SSIM says nothing: {', '.join(high)}."
 
 
 def markdown(summary: pd.DataFrame) -> str:
-    """The summary as a table for a model card: a row per method, the best of a column in bold."""
-    regions = [region for region in REGIONS if (summary["region"] == region).any()]
-    columns = [(region, figure) for region in regions for figure in FIGURES]
+    """The summary as a table for a model card: a row per method, the best of a column in bold.
+
+    Spoilt truths are never bold: no method can reach them.
+    """
+    regions = [region for region in SHOWN_REGIONS if (summary["region"] == region).any()]
+    columns = [(region, figure) for region in regions for figure in SHOWN_FIGURES]
     heads = [f"{figure.upper()} {region}" for region, figure in columns]
     table = [["modality", "method", *heads]]
     for modality, rows in summary.groupby("modality", sort=False):
-        for method in rows["method"].unique():
+        for kind, method in rows[["kind", "method"]].drop_duplicates().itertuples(index=False):
             cells = [
-                _cell(rows[rows["region"] == region].set_index("method")[figure], method)
+                _cell(rows[rows["region"] == region].set_index("method"), figure, method)
                 for region, figure in columns
             ]
-            table.append([str(modality), NAMES.get(method, method), *cells])
+            shown = (
+                f"spoilt truth: {method}" if kind == "spoilt truth" else NAMES.get(method, method)
+            )
+            table.append([str(modality), shown, *cells])
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     rule = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     lines = [
@@ -343,6 +431,7 @@ def write_tables(
     """Write `FILES`; InputError as `atomic_write`.
 
     Args:
+        table: of one protocol.
         notes: what else belongs into the JSON, such as the model and what floors were fitted on.
     """
     summary = summarize(table)
@@ -354,22 +443,29 @@ def write_tables(
         for row in summary.to_dict("records")
     ]
     judged = verdicts(summary)
+    (name,) = table["protocol"].unique()
+    protocol = PROTOCOLS[name]
     record = {
         "version": __version__,
-        "protocol": PROTOCOL,
+        "protocol": {"name": name, "range": protocol.scaling, "mask": protocol.masking},
+        "figures": FIGURES,
+        "regions": {region: REGIONS[region] for region in summary["region"].unique()},
         "cases": sorted(set(table["case"])),
         **notes,
         "verdicts": judged,
         "summary": rows,
     }
     count = table["case"].nunique()
-    tumors = table.loc[table["region"] == "tumor", "case"].nunique()
-    counted = f"Mean over {count} case{'s' * (count != 1)}, {tumors} with a segmentation."
+    tumors = table.loc[table["region"].isin(TUMOR_REGIONS), "case"].nunique()
+    counted = f"Mean over {count} case{'s' * (count != 1)}, {tumors} with a tumor."
     texts = (
         table.to_csv(index=False),
         summary.to_csv(index=False),
         json.dumps(record, indent=2) + "\n",
-        f"{markdown(summary)}\n{' '.join([*judged, counted, PROTOCOL])}\n",
+        "\n".join(
+            [protocol.text, "", markdown(summary), *(f"- {line}" for line in judged), "", counted]
+        )
+        + "\n",
     )
     paths = [folder / name for name in FILES]
     for path, text in zip(paths, texts, strict=True):
@@ -383,22 +479,33 @@ def _floors(
     features: CaseFeatures | None,
     regressions: Sequence[VoxelRegression],
     target: Modality,
-) -> Iterator[tuple[str, Voxels]]:
-    """(name, prediction) of every floor for this target, one at a time."""
+) -> Iterator[tuple[str, str, Voxels]]:
+    """(name, "floor", prediction) of every floor for this target, one at a time."""
+    yield "zeros", "floor", zeros(volumes[target])
+    yield "constant brain", "floor", constant_brain(volumes, target)
     for source in others(target):
-        yield f"copy {source}", volumes[source].voxels
+        yield f"copy {source}", "floor", volumes[source].voxels
     for regression in regressions:
         if regression.target is target and features is not None:
-            yield regression.kind, regression(features)
+            yield regression.kind, "floor", regression(features)
 
 
-def _cell(column: pd.Series, method: str) -> str:
+def _spoilt(truth: Volume, tumor: Mask | None) -> Iterator[tuple[str, str, Voxels]]:
+    """(name, "spoilt truth", image), one at a time."""
+    if tumor is not None and tumor.any():
+        yield ERASED, "spoilt truth", erased(truth, tumor)
+    yield "blurred", "spoilt truth", blurred(truth)
+
+
+def _cell(rows: pd.DataFrame, figure: str, method: str) -> str:
     """One figure of one method, in bold if no other method has a better one."""
-    if method not in column:
+    if method not in rows.index:
         return ""
-    best = column.min() if column.name == "mae" else column.max()
-    text = f"{column[method]:.2f}" if column.name == "psnr" else f"{column[method]:.3f}"
-    return f"**{text}**" if column[method] == best else text
+    value = float(rows[figure][method])
+    reachable = rows.loc[rows["kind"] != "spoilt truth", figure]
+    best = reachable.min() if figure in LOWER_IS_BETTER else reachable.max()
+    text = f"{value:.2f}" if figure == "psnr" else f"{value:.3f}"
+    return f"**{text}**" if method in reachable and value == best else text
 
 
 def _check(predicted: Voxels, truth: Volume, what: str) -> None:
@@ -408,27 +515,3 @@ def _check(predicted: Voxels, truth: Volume, what: str) -> None:
         raise InputError(f"{what}: the prediction has {shapes}")
     if not np.isfinite(predicted).all():
         raise InputError(f"{what}: the prediction holds NaN or infinite voxels")
-
-
-def _score(
-    predicted: Voxels,
-    truth: Volume,
-    regions: Mapping[str, Mask],
-    case: Case,
-    target: Modality,
-    method: str,
-    kind: str,
-) -> list[Score]:
-    """Scores in every region that lies in the brain, with one fit and one SSIM map for all."""
-    aligned = Aligned.of(predicted, truth.voxels, regions["brain"])
-    similarity = ssim_map(aligned.prediction, aligned.truth)
-    scores = []
-    for region, mask in regions.items():
-        where = mask[aligned.box] & aligned.brain
-        if where.any():
-            pair = (aligned.prediction, aligned.truth, where)
-            similar = float(similarity[where].mean(dtype=np.float64))
-            figures = {"psnr": psnr(*pair), "ssim": similar, "mae": mae(*pair)}
-            size = int(where.sum())
-            scores.append(Score(case.id, target.value, method, kind, region, size, **figures))
-    return scores

@@ -1,4 +1,7 @@
-"""Trivial syntheses a model must beat: voxelwise regressions (a copy needs no code).
+"""Trivial syntheses a model must beat, and truths spoilt on purpose (a copy needs no code).
+
+`zeros` and `constant_brain` hold nothing at all, `erased` and `blurred` are the truth without its
+tumor and without its detail: no method can reach these, they show what a figure does not see.
 
 A regression maps the available modalities around one voxel to the missing one, by the same function
 everywhere. Its features are, per modality, the image and its Gaussian averages over 1, 2 and 4 mm,
@@ -21,7 +24,8 @@ from cwdm.errors import InputError
 from cwdm.modality import SEQUENCES, Modality, others
 from cwdm.volume import Volume, brain_mask
 
-__all__ = ["CaseFeatures", "Kind", "VoxelRegression", "VoxelSample"]
+__all__ = ["CaseFeatures", "Kind", "VoxelRegression", "VoxelSample", "blurred", "constant_brain"]
+__all__ += ["erased", "zeros"]
 
 Kind = Literal["ridge", "boosting"]
 Voxels = NDArray[np.float32]
@@ -31,7 +35,48 @@ SIGMAS_MM = (0.0, 1.0, 2.0, 4.0)
 IQR_OF_A_NORMAL = 1.349  # in standard deviations
 RIDGE_PENALTY = 1.0
 BOOSTING_ROUNDS = 300
+BLUR_MM = 2.0  # of `blurred`: wider than a gyrus' cortex is thick
+FILL_MM = 8.0  # of `erased`: how far the fill looks around
 BLOCK = 200_000  # voxels predicted at a time: scikit-learn copies them to float64
+
+
+def zeros(volume: Volume) -> Voxels:
+    """(X, Y, Z): an empty image on the grid of another."""
+    return np.zeros(volume.voxels.shape, dtype=np.float32)
+
+
+def constant_brain(volumes: Mapping[Modality, Volume], target: Modality) -> Voxels:
+    """(X, Y, Z): 1 where one of the other modalities has brain, else 0."""
+    brains = [brain_mask(volumes[modality]) for modality in others(target)]
+    union: Mask = np.logical_or.reduce(brains)
+    return union.astype(np.float32)
+
+
+def blurred(truth: Volume) -> Voxels:
+    """(X, Y, Z): the truth, averaged in its brain with a Gaussian of 2 mm."""
+    smooth = ndimage.gaussian_filter(truth.voxels, BLUR_MM / _spacing_mm(truth.affine))
+    return np.where(brain_mask(truth), smooth, truth.voxels).astype(np.float32)
+
+
+def erased(truth: Volume, tumor: Mask) -> Voxels:
+    """(X, Y, Z): the truth with its tumor painted over by Gaussian averages of the healthy brain.
+
+    The averages look about 8 mm far; deeper in the tumor they go over to the mean of the brain.
+    """
+    healthy = brain_mask(truth) & ~tumor
+    mean = float(truth.voxels[healthy].mean()) if healthy.any() else 0.0
+    sigma = FILL_MM / _spacing_mm(truth.affine)
+    near = ndimage.gaussian_filter(healthy.astype(np.float32), sigma)
+    total = ndimage.gaussian_filter(np.where(healthy, truth.voxels, 0), sigma)
+    weight_of_mean = 1e-3  # small beside that of healthy voxels within about 20 mm
+    fill = (total + weight_of_mean * mean) / (near + weight_of_mean)
+    return np.where(tumor & brain_mask(truth), fill, truth.voxels).astype(np.float32)
+
+
+def _spacing_mm(affine: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(3,) voxel size."""
+    spacing: NDArray[np.float64] = np.linalg.norm(affine[:3, :3], axis=0)
+    return spacing
 
 
 @dataclass(frozen=True)
@@ -72,7 +117,7 @@ def _averages(voxels: Voxels, brain: Mask, affine: NDArray[np.float64]) -> Voxel
     image = ((voxels - median) / scale).astype(np.float32)
     outside = float(np.quantile(image[brain], 0.001))
     image = np.where(brain, image, np.float32(outside))
-    spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
+    spacing_mm = _spacing_mm(affine)
     return np.stack(
         [
             ndimage.gaussian_filter(image, sigma / spacing_mm, mode="constant", cval=outside)

@@ -5,7 +5,7 @@ Loading never runs code: safetensors holds tensors and strings only.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from cwdm.errors import InputError
 from cwdm.files import atomic_write, sha256
 from cwdm.intensity import ScalePrior
 from cwdm.modality import Modality
+from cwdm.uncertainty import Calibration
 from cwdm.unet import UNet
 from cwdm.wavunet import WavUNet, WavUNetConfig
 
@@ -30,6 +31,7 @@ __all__ = [
     "default_model",
     "find_model",
     "load_model",
+    "save_calibrated",
     "save_model",
     "to_bytes",
 ]
@@ -38,6 +40,7 @@ CHECKPOINT_SUFFIXES = (".pt", ".pth")
 """Of published checkpoints."""
 _FORMAT = "cwdm-model-1"
 _PRIOR = TypeAdapter(ScalePrior)
+_CALIBRATION = TypeAdapter(Calibration)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +53,8 @@ class Model:
     """For each target, what predicts its intensity scale."""
     path: Path
     sha256: str
+    calibration: Mapping[Modality, Calibration] = field(default_factory=dict)
+    """What the spread of its samples means, for those of its targets it was measured for."""
 
 
 def build_denoiser(config: Config) -> Denoiser:
@@ -91,6 +96,21 @@ def save_model(
         temporary.write_bytes(to_bytes(weights, metadata))
 
 
+def save_calibrated(
+    source: Path, calibration: Mapping[Modality, Calibration], path: Path, *, overwrite: bool
+) -> None:
+    """Write a copy of a model file with this calibration; weights and all else stay as they are.
+
+    Raises:
+        InputError: ``source`` is not a cwdm model; or as ``atomic_write``.
+    """
+    weights, metadata = _read(source)
+    records = {target: asdict(record) for target, record in calibration.items()}
+    with atomic_write(path, overwrite) as temporary:
+        metadata = metadata | {"calibration": json.dumps(records)}
+        temporary.write_bytes(to_bytes(weights, metadata))
+
+
 def to_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
     """A safetensors file; tensors that share memory are written one by one."""
     return save({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, metadata)
@@ -114,10 +134,32 @@ def load_model(path: Path, target: Modality | None = None, *, preset: str | None
         weights = read_weights(path)
         config = identify(weights, path, preset=preset, target=target)
         return _assemble(config, weights, assumed_priors(config), path)
+    stored, metadata = _read(path)
+    weights = {name: tensor.float() for name, tensor in stored.items()}
+    try:
+        settings = json.loads(metadata["config"])
+        priors = {
+            Modality(target): _PRIOR.validate_python(prior)
+            for target, prior in json.loads(metadata["priors"]).items()
+        }
+        calibration = {
+            Modality(target): _CALIBRATION.validate_python(record)
+            for target, record in json.loads(metadata.get("calibration", "{}")).items()
+        }
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: its metadata are damaged: {error!r}") from error
+    config = Config.parse(settings, str(path))
+    if absent := [target for target in config.targets if target not in priors]:
+        raise InputError(f"{path}: its metadata are damaged: no prior for {absent[0]}")
+    return _assemble(config, weights, priors, path, calibration)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors as they are stored and metadata of a model file; InputError if it is none."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise InputError(f"{path}: no such file, expected a model (.safetensors)") from None
     except (SafetensorError, OSError) as error:
@@ -126,18 +168,7 @@ def load_model(path: Path, target: Modality | None = None, *, preset: str | None
         raise InputError(
             f"{path}: not a cwdm model (format {metadata.get('format')!r}, expected {_FORMAT!r})"
         )
-    try:
-        settings = json.loads(metadata["config"])
-        priors = {
-            Modality(target): _PRIOR.validate_python(prior)
-            for target, prior in json.loads(metadata["priors"]).items()
-        }
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: its metadata are damaged: {error!r}") from error
-    config = Config.parse(settings, str(path))
-    if absent := [target for target in config.targets if target not in priors]:
-        raise InputError(f"{path}: its metadata are damaged: no prior for {absent[0]}")
-    return _assemble(config, weights, priors, path)
+    return weights, metadata
 
 
 def _assemble(
@@ -145,6 +176,7 @@ def _assemble(
     weights: Mapping[str, Tensor],
     priors: Mapping[Modality, ScalePrior],
     path: Path,
+    calibration: Mapping[Modality, Calibration] | None = None,
 ) -> Model:
     """The network of a configuration with its weights, ready to use."""
     denoiser = build_denoiser(config)
@@ -154,7 +186,7 @@ def _assemble(
         reason = str(error).splitlines()[-1].strip()
         raise InputError(f"{path}: weights do not fit the configuration: {reason}") from error
     denoiser.eval().requires_grad_(False)
-    return Model(config, denoiser, priors, path, sha256(path))
+    return Model(config, denoiser, priors, path, sha256(path), calibration or {})
 
 
 def default_model(target: Modality) -> Path:

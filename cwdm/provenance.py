@@ -11,7 +11,9 @@ from cwdm.modality import Modality
 
 __all__ = [
     "MEMORISATION",
+    "Interval",
     "Provenance",
+    "Region",
     "SampleProvenance",
     "SegmentationProvenance",
     "Source",
@@ -44,6 +46,37 @@ class Record:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Region:
+    """A connected part of the brain, as voxel indices of the file."""
+
+    voxels: int
+    first: tuple[int, ...]
+    """Corner of the box around it with the lowest indices."""
+    last: tuple[int, ...]
+    """The opposite corner, inside."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """How the interval of several samples was made, and where it says nothing."""
+
+    coverage: float
+    """Share of the brain's voxels it is to hold, once the unknown scale is granted."""
+    calibrated: bool
+    """Whether that was measured on cases with a known truth."""
+    q: float
+    floor: float
+    """The interval is mean +- q (std + floor * standard deviation of the mean in the brain)."""
+    files: Mapping[str, str]
+    """Names of the maps ``std``, ``low`` and ``high``."""
+    wide: float
+    """Share of the brain where the interval is as wide as the brain's own range of intensities: the
+    image should not be trusted there."""
+    regions: tuple[Region, ...]
+    """The largest of those places."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Provenance(Record):
     """Everything needed to reproduce a synthetic image, and what to know before using it."""
 
@@ -59,6 +92,8 @@ class Provenance(Record):
     """The acquired image of the target, if there is one; it was not looked at."""
     model: Source
     seed: int
+    samples: int = 1
+    """Chains with the seeds ``seed``, ``seed + 1``, ...; the image is their mean."""
     sampler: str
     steps: int | tuple[int, ...]
     precision: str
@@ -71,6 +106,8 @@ class Provenance(Record):
     target_scale: Scale
     """Assumed, not measured: predicted from ``scales`` by a ratio learnt from training cases."""
     seconds: float
+    interval: Interval | None = None
+    """Of several samples."""
     warnings: tuple[str, ...]
     synthetic: bool = True
     use: str = "Research use only. Not acquired by a scanner; not for diagnosis."
@@ -83,7 +120,11 @@ class Provenance(Record):
     @property
     def description(self) -> str:
         """For the 80 bytes of the NIfTI header."""
-        return f"cwdm {self.cwdm} SYNTHETIC {self.target}, not acquired; research use only"
+        return self.description_of(self.target)
+
+    def description_of(self, what: str) -> str:
+        """The same for a map beside the image, such as ``t2f std``."""
+        return f"cwdm {self.cwdm} SYNTHETIC {what}, not acquired; research use only"
 
 
 def sidecar(image: Path) -> Path:

@@ -10,25 +10,35 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cwdm import __version__
 from cwdm import compat as published
 from cwdm.case import Case, read_case
 from cwdm.conditioning import condition
+from cwdm.config import Sampling
 from cwdm.engine import Engine, Precision, Progress
 from cwdm.errors import InputError
 from cwdm.files import check_target, sha256
+from cwdm.flow import Flow
 from cwdm.intensity import Scale
 from cwdm.modality import Modality, others, parse_modality
 from cwdm.model import Model, default_model, load_model
 from cwdm.noise import noise_stream
 from cwdm.preparation import prepare
-from cwdm.provenance import Provenance, Source, sidecar, warnings_for
-from cwdm.volume import Volume, acquired, is_synthetic, read_volumes, write_volume
+from cwdm.provenance import Interval, Provenance, Region, Source, sidecar, warnings_for
+from cwdm.uncertainty import Moments, Uncertainty, largest, normal_quantile
+from cwdm.volume import Volume, acquired, is_synthetic, read_volumes, stored_as, write_volume
 
 __all__ = ["Synthesis", "Synthesizer", "output_paths", "synthesize"]
+
+_COVERAGE = 0.8
+"""Of the interval of several samples, where the model has no calibration."""
+_SAMPLING_STEPS = 10
+"""Of samples of a model whose own sampling is one step, which hardly depends on the seed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,21 +49,32 @@ class Synthesis:
     """Voxels in canonical orientation, scanner units; the grid is that of the case."""
     provenance: Provenance
     case: Case
+    uncertainty: Uncertainty | None = None
+    """Of several samples, whose mean the volume is."""
 
     def write(self, folder: Path | str, *, overwrite: bool = False) -> Path:
         """Write ``<id>-<modality>.nii.gz`` and ``.json`` into ``folder``; returns the image's path.
 
+        Of several samples also the maps ``-std``, ``-low`` and ``-high``.
+
         Raises:
-            InputError: one of the two is there already (with ``overwrite``: is an image of the
+            InputError: one of them is there already (with ``overwrite``: is an image of the
                 case, or not made by cwdm), or the folder cannot be written.
         """
-        image, _ = output_paths(self.case, self.provenance.target, folder, overwrite=overwrite)
+        target, maps = self.provenance.target, self.uncertainty is not None
+        image, _ = output_paths(self.case, target, folder, overwrite=overwrite, maps=maps)
         self.write_as(image, overwrite=overwrite)
         return image
 
     def write_as(self, image: Path, *, overwrite: bool = False) -> None:
         """Write the image to a file, and its record beside it; InputError as ``atomic_write``."""
         write_volume(self.volume.voxels, self.volume, image, self.provenance.description, overwrite)
+        if self.uncertainty:
+            like = replace(self.volume, header=stored_as(np.float32, self.volume.header))
+            for kind, name in _map_names(self.case, self.provenance.target).items():
+                what = self.provenance.description_of(f"{self.provenance.target} {kind}")
+                voxels = self.uncertainty.maps[kind]
+                write_volume(voxels, like, image.with_name(name), what, overwrite)
         self.provenance.write(sidecar(image), overwrite=overwrite)
 
 
@@ -109,6 +130,7 @@ class Synthesizer:
         case: Case,
         *,
         seed: int = 0,
+        samples: int = 1,
         steps: int | tuple[int, ...] | None = None,
         sampler: str | None = None,
         compat: bool = False,
@@ -120,8 +142,11 @@ class Synthesizer:
 
         Args:
             seed: of this case's own generator; the result depends on nothing else that is random.
-            steps: denoising steps, by default the model's own recommendation.
-            sampler: a name in ``SAMPLERS``, by default the model's own.
+            samples: how many chains, with the seeds ``seed``, ``seed + 1``, ...; of several the
+                volume is the mean, and ``Synthesis.uncertainty`` says how far they lie apart.
+            steps: denoising steps, by default the model's own recommendation; of several samples
+                those of the calibration, or 10 where the model's own is a single one.
+            sampler: a name in ``SAMPLERS``, by default the model's own, or as for ``steps``.
             compat: put out what the published scripts write (see ``compat``): their crop, their
                 stream of random numbers, their threshold, values in [0, 1].
 
@@ -131,8 +156,10 @@ class Synthesizer:
         """
         began = time.perf_counter()
         config, target, engine = self.model.config, self.target, self.engine
-        settings = engine.settings(sampler, steps)
+        settings = self._settings(samples, sampler, steps)
         if compat:
+            if samples > 1:
+                raise InputError(f"{samples} samples: the published scripts write one, expected 1")
             published.check(config, self.model.path)
         given = acquired(case.without(target))
         absent = self._absent(given)
@@ -147,30 +174,47 @@ class Synthesizer:
             {m: image[None, None].to(engine.device) for m, image in prepared.images.items()}
         )
         stream = published.noise_stream if compat else noise_stream
-        draw = stream((1, config.transform.channels, *cond.shape[2:]), seed, engine.device)
-        image = engine.run(
-            settings,
-            draw,
-            cond=cond,
-            label=self._label,
-            told=published.network_time(config.process, settings) if compat else None,
-            progress=progress,
-        )[0, 0]
         like = volumes[sources[0]]
-        if compat:
-            scale = Scale(0.0, 1.0)
-            volume = (
-                published.sample(prepared, image)
-                if target in case.images
-                else published.complete(prepared, image, like)
-            )
-        else:
-            scale = self.model.priors[target].predict(prepared.scales)
-            voxels = prepared.restore(image, scale)
-            if all(source.voxels.min() >= 0 for source in volumes.values()):
-                voxels = voxels.clip(min=0)
-            volume = replace(like, voxels=voxels)
+        scale = Scale(0.0, 1.0) if compat else self.model.priors[target].predict(prepared.scales)
+        moments = Moments()
+        for number in range(samples):
+            shape = (1, config.transform.channels, *cond.shape[2:])
+            image = engine.run(
+                settings,
+                stream(shape, seed + number, engine.device),
+                cond=cond,
+                label=self._label,
+                told=published.network_time(config.process, settings) if compat else None,
+                progress=progress and _part(progress, number, samples),
+            )[0, 0]
+            if compat:
+                volume = (
+                    published.sample(prepared, image)
+                    if target in case.images
+                    else published.complete(prepared, image, like)
+                )
+            else:
+                voxels = prepared.restore(image, scale)
+                if all(source.voxels.min() >= 0 for source in volumes.values()):
+                    voxels = voxels.clip(min=0)
+                volume = replace(like, voxels=voxels)
+            if samples > 1:
+                moments.add(volume.voxels)
         replaces = None if compat else _replaced(case, target)
+        warnings = warnings_for(target, absent, replaces)
+        uncertainty, interval = None, None
+        if samples > 1:
+            volume = replace(volume, voxels=moments.mean)
+            uncertainty, interval, doubts = self._uncertainty(
+                moments, prepared.mask, volume, case, settings, complete=not absent
+            )
+            if settings != self.engine.settings(sampler, steps):
+                doubts = (
+                    f"The samples were made by {settings.sampler} in {settings.steps} steps, not "
+                    "by the model's own sampling; the image is their mean.",
+                    *doubts,
+                )
+            warnings += doubts
         provenance = Provenance(
             cwdm=__version__,
             torch=torch.__version__,
@@ -181,6 +225,7 @@ class Synthesizer:
             replaces=replaces,
             model=Source(name=config.name, sha256=self.model.sha256),
             seed=seed,
+            samples=samples,
             sampler=settings.sampler,
             steps=settings.steps,
             precision="bf16" if engine.bf16 else "fp32",
@@ -190,9 +235,10 @@ class Synthesizer:
             scales=prepared.scales,
             target_scale=scale,
             seconds=round(time.perf_counter() - began, 3),
-            warnings=warnings_for(target, absent, replaces),
+            interval=interval,
+            warnings=warnings,
         )
-        return Synthesis(volume, provenance, case)
+        return Synthesis(volume, provenance, case, uncertainty)
 
     def seconds(
         self, size: int, *, sampler: str | None = None, steps: int | tuple[int, ...] | None = None
@@ -210,6 +256,87 @@ class Synthesizer:
             engine.run(once, draw, cond=cond, label=self._label)
         took = time.perf_counter() - began
         return took if settings.sampler == "one-step" else took * count
+
+    def _settings(
+        self, samples: int, sampler: str | None, steps: int | tuple[int, ...] | None
+    ) -> Sampling:
+        """What the user wants; else, of several samples, what makes them differ as measured."""
+        if samples < 1:
+            raise InputError(f"{samples} samples, expected at least 1")
+        settings = self.engine.settings(sampler, steps)
+        if samples == 1 or sampler or steps:
+            return settings
+        if calibration := self.model.calibration.get(self.target):
+            return self.engine.settings(calibration.sampler, calibration.steps)
+        process = self.model.config.process
+        times = process.timesteps(settings.steps, settings.spacing)
+        if settings.sampler != "one-step" and len(times) > 2:
+            return settings
+        several = "euler" if isinstance(process, Flow) else "ddpm"
+        return self.engine.settings(several, _SAMPLING_STEPS)
+
+    def _uncertainty(
+        self,
+        moments: Moments,
+        brain: NDArray[np.bool_],
+        volume: Volume,
+        case: Case,
+        settings: Sampling,
+        *,
+        complete: bool,
+    ) -> tuple[Uncertainty, Interval, tuple[str, ...]]:
+        """The maps of several samples, their record, and what to know of them.
+
+        Args:
+            complete: the model got all it would use, as when it was calibrated.
+        """
+        warnings = []
+        fitted = self.model.calibration.get(self.target)
+        used = fitted
+        if not (
+            fitted
+            and complete
+            and fitted.holds_for(moments.count, settings.sampler, settings.steps)
+        ):
+            used = None
+        share = used.coverage if used else _COVERAGE
+        q, floor = (used.q, used.floor) if used else (normal_quantile(share), 0.0)
+        if not used:
+            why = "The interval is not calibrated"
+            if fitted:
+                why = (
+                    f"The model's calibration is for {fitted.samples} samples by {fitted.sampler} "
+                    f"in {fitted.steps} steps from all inputs: the interval is not calibrated"
+                )
+            warnings.append(
+                f"{why}. It is {q:.4f} standard deviations of the samples either side, right only "
+                "if they are normal and the truth is one of them; see cwdm calibrate."
+            )
+        uncertainty = Uncertainty.of(
+            volume.voxels, moments.std, brain, q=q, floor=floor, coverage=share
+        )
+        if uncertainty.alike:
+            warnings.append(
+                "The samples hardly differ, so their spread says nothing: expected a sampler that "
+                "draws noise, such as ddpm, in more steps."
+            )
+        to_file = np.linalg.inv(volume.header.get_best_affine()) @ volume.affine
+        regions = []
+        for voxels, box in largest(uncertainty.wide):
+            corners = np.array([[s.start, s.stop - 1] for s in box])
+            ends = np.rint(to_file[:3, :3] @ corners + to_file[:3, 3:]).astype(int)
+            first, last = (tuple(end.tolist()) for end in (ends.min(axis=1), ends.max(axis=1)))
+            regions.append(Region(voxels=voxels, first=first, last=last))
+        interval = Interval(
+            coverage=share,
+            calibrated=used is not None,
+            q=q,
+            floor=floor,
+            files=_map_names(case, self.target),
+            wide=round(float(uncertainty.wide.sum() / brain.sum()), 4),
+            regions=tuple(regions),
+        )
+        return uncertainty, interval, tuple(warnings)
 
     @property
     def _label(self) -> int | None:
@@ -240,6 +367,16 @@ class Synthesizer:
         return absent
 
 
+def _map_names(case: Case, target: Modality) -> dict[str, str]:
+    """Files of the maps of several samples, by kind."""
+    return {kind: f"{case.id}-{target}-{kind}.nii.gz" for kind in ("std", "low", "high")}
+
+
+def _part(progress: Progress, number: int, samples: int) -> Progress:
+    """The progress of one chain of several."""
+    return lambda done, total: progress(number * total + done, samples * total)
+
+
 def _replaced(case: Case, target: Modality) -> Source | None:
     """The acquired image of the target, which may be damaged."""
     path = case.images.get(target)
@@ -250,9 +387,17 @@ def _replaced(case: Case, target: Modality) -> Source | None:
 
 
 def output_paths(
-    case: Case, target: Modality, folder: Path | str, *, overwrite: bool = False
+    case: Case,
+    target: Modality,
+    folder: Path | str,
+    *,
+    overwrite: bool = False,
+    maps: bool = False,
 ) -> tuple[Path, Path]:
     """Where the image and its sidecar go.
+
+    Args:
+        maps: those of several samples will be written, too.
 
     Raises:
         InputError: as ``check_target``; or the image would replace an acquired one of the case.
@@ -264,6 +409,8 @@ def output_paths(
             raise InputError(f"{image}: was acquired and is never overwritten")
     check_target(image, overwrite)
     check_target(record, overwrite)
+    for name in _map_names(case, target).values() if maps else ():
+        check_target(image.with_name(name), overwrite)
     return image, record
 
 
@@ -274,6 +421,7 @@ def synthesize(
     model: Path | None = None,
     preset: str | None = None,
     seed: int = 0,
+    samples: int = 1,
     steps: int | tuple[int, ...] | None = None,
     sampler: str | None = None,
     compat: bool = False,
@@ -287,7 +435,7 @@ def synthesize(
         missing: the modality to synthesize, by any of its names.
         model: a model file, by default the one that ships for this modality.
         preset: of a published checkpoint, where its file does not tell.
-        seed, steps, sampler, compat, device, precision: see ``Synthesizer``.
+        seed, samples, steps, sampler, compat, device, precision: see ``Synthesizer``.
 
     Raises:
         InputError: whatever is wrong with the case, the names or the model.
@@ -299,4 +447,4 @@ def synthesize(
         parse_modality(missing), model, preset=preset, device=device, precision=precision
     )
     case = case if isinstance(case, Case) else read_case(Path(case))
-    return loaded(case, seed=seed, steps=steps, sampler=sampler, compat=compat)
+    return loaded(case, seed=seed, samples=samples, steps=steps, sampler=sampler, compat=compat)

@@ -18,11 +18,12 @@ MODULES.pop("__init__")
 # A module imports from its own row and the rows below. The tensor row never opens a file.
 ROWS = {
     "cohorts": {"cohort", "executors", "handoff", "imputation"},
-    "jobs": {"diagnosis", "endless", "engine", "evaluate", "external", "floors", "generation"}
-    | {"montage", "msnet", "segmenters", "segnet", "simulate", "synthesis", "train", "validation"},
+    "jobs": {"diagnosis", "endless", "engine", "evaluate", "external", "fidelity", "floors"}
+    | {"generation", "montage", "msnet", "overlap", "segmenters", "segnet", "simulate"}
+    | {"synthesis", "train", "validation"},
     "files and records": {"alignment", "anatomy", "cache", "case", "checkpoints", "checks"}
     | {"compat", "config", "dataset", "dicom", "files", "hub", "intensity", "layouts", "ledger"}
-    | {"model", "preparation", "provenance", "run", "segmentation", "spoilt", "volume"},
+    | {"model", "preparation", "protocols", "provenance", "run", "segmentation", "spoilt", "volume"},
     "tensors": {
         "coefficients",
         "conditioning",
@@ -36,6 +37,7 @@ ROWS = {
         "process",
         "relaxation",
         "sampling",
+        "uncertainty",
         "unet",
         "wavunet",
     },
@@ -47,7 +49,7 @@ ROW_OF = {module: depth for depth, modules in enumerate(ROWS.values()) for modul
 HOMES = {
     "nibabel": {"volume"},
     "torchio": {"dataset"},
-    "pandas": {"cohort", "evaluate", "handoff", "imputation"},
+    "pandas": {"cohort", "evaluate", "handoff", "imputation", "overlap"},
     "ray": {"executors"},
     "submitit": {"executors"},
     "nilearn": {"anatomy"},

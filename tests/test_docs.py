@@ -36,6 +36,7 @@ from cwdm.provenance import Provenance
 ROOT = Path(__file__).parents[1]
 GUIDES = {name: ROOT / "docs" / f"{name}.md" for name in COMMANDS}
 GUIDES["models"] = ROOT / "docs" / "published-models.md"
+GUIDES["calibrate"] = ROOT / "docs" / "uncertainty.md"
 EXECUTED = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKING = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("cwdm/weights/*.md")]
 SLOW = {"simulate.md"}  # simulates at full size

@@ -30,10 +30,12 @@ from cwdm.evaluate import (
     summarize,
     tabulate,
     verdicts,
+    with_segmentations,
     write_tables,
 )
-from cwdm.metrics import Aligned, mae, psnr, ssim
+from cwdm.metrics import Aligned, mae, mse, ncc, psnr, ssim
 from cwdm.modality import SEQUENCES, Modality
+from cwdm.protocols import FIGURES, PROTOCOLS, REGIONS
 from cwdm.volume import brain_mask, read_volume
 
 MakeImage = Callable[..., Path]
@@ -88,11 +90,22 @@ def test_the_predictor_never_gets_the_target(make_patient: MakePatient) -> None:
 
 def test_one_row_per_modality_method_and_region(make_patient: MakePatient) -> None:
     table = evaluate([make_patient("p1"), make_patient("p2", 1)], perfect, name="ours")
-    assert len(table) == 2 * 4 * (1 + 3) * 2
+    assert len(table) == 2 * 4 * (1 + 5 + 2) * 6
     assert not table.duplicated(["case", "modality", "method", "region"]).any()
     flair = table[(table["modality"] == "t2f") & (table["case"] == "p1")]
-    assert list(flair["method"].unique()) == ["ours", "copy t1n", "copy t1c", "copy t2w"]
-    assert set(table.loc[table["method"] == "ours", "kind"]) == {"model"}
+    kinds = flair[["method", "kind"]].drop_duplicates().set_index("method")["kind"]
+    assert kinds.to_dict() == {
+        "ours": "model",
+        "zeros": "floor",
+        "constant brain": "floor",
+        "copy t1n": "floor",
+        "copy t1c": "floor",
+        "copy t2w": "floor",
+        "tumor erased": "spoilt truth",
+        "blurred": "spoilt truth",
+    }
+    assert set(table["region"]) == set(REGIONS) - {"non-tumor"}
+    assert set(table["protocol"]) == {"aligned"}
 
 
 def test_a_perfect_prediction_in_other_units_has_ssim_one(make_patient: MakePatient) -> None:
@@ -108,21 +121,69 @@ def test_figures_are_those_of_the_metrics_in_brain_and_tumor(make_patient: MakeP
     table = evaluate([case], None, targets=[T2F])
     truth, copy = (read_volume(case.images[m]) for m in (T2F, T1N))
     assert case.segmentation is not None
-    tumor = read_volume(case.segmentation).voxels > 0
+    labels = read_volume(case.segmentation).voxels
     aligned = Aligned.of(copy.voxels, truth.voxels, brain_mask(truth))
-    for region, where in (("brain", aligned.brain), ("tumor", tumor[aligned.box])):
+    regions = {"brain": labels >= 0, "healthy": labels == 0, "WT": labels > 0, "ET": labels == 3}
+    for region, mask in regions.items():
         rows = table[(table["method"] == "copy t1n") & (table["region"] == region)]
-        pair = (aligned.prediction, aligned.truth, where)
-        assert list(rows["psnr"]) == pytest.approx([psnr(*pair)])
-        assert list(rows["ssim"]) == pytest.approx([ssim(*pair)], abs=1e-6)
-        assert list(rows["mae"]) == pytest.approx([mae(*pair)])
+        where = mask[aligned.box] & aligned.brain
+        triple = (aligned.prediction, aligned.truth, where)
+        assert list(rows["psnr"]) == pytest.approx([psnr(*triple)])
+        assert list(rows["ssim"]) == pytest.approx([ssim(*triple)], abs=1e-6)
+        assert list(rows["mae"]) == pytest.approx([mae(*triple)])
+        assert list(rows["mse"]) == pytest.approx([mse(*triple)])
+        assert list(rows["ncc"]) == pytest.approx([ncc(*triple)])
         assert list(rows["voxels"]) == [where.sum()]
 
 
 def test_without_a_segmentation_there_is_no_tumor_row(make_patient: MakePatient) -> None:
     case = make_patient()
-    bare = Case(case.id, case.images)
-    assert set(evaluate([bare], None, targets=[T2F])["region"]) == {"brain"}
+    table = evaluate([Case(case.id, case.images)], None, targets=[T2F])
+    assert set(table["region"]) == {"brain", "cuboid"}
+    assert "tumor erased" not in set(table["method"])
+
+
+def test_the_challenge_does_not_see_the_tumor_and_the_verdict_says_so(
+    make_patient: MakePatient,
+) -> None:
+    protocol = PROTOCOLS["brasyn"]
+    table = evaluate([make_patient()], perfect, targets=[T2F], name="ours", protocol=protocol)
+    scores = table.set_index(["method", "region"])["ssim"]
+    assert scores["tumor erased", "ET"] > 0.99  # of eight voxels
+    assert scores["ours", "ET"] == pytest.approx(1, abs=1e-6)
+    (line,) = verdicts(summarize(table))
+    assert line.startswith("t2f: ours beats every floor, but no regression was fitted. ")
+    erased = f"tumor erased {scores['tumor erased', 'ET']:.3f}."
+    assert "ET SSIM says nothing: zeros 0." in line
+    assert line.endswith(erased)
+
+
+def test_labels_that_are_not_those_of_a_tumor_are_refused(
+    make_patient: MakePatient, make_image: MakeImage
+) -> None:
+    case = make_patient()
+    labels = np.full(SHAPE, 7, dtype=np.uint8)
+    strange = Case(case.id, case.images, make_image("other/p1-seg.nii.gz", voxels=labels))
+    with pytest.raises(InputError, match=r"p1-seg.nii.gz: found labels 7, expected 0, 1, 2"):
+        evaluate([strange], None)
+
+
+def test_segmentations_can_come_from_another_folder(
+    make_patient: MakePatient, make_image: MakeImage, tmp_path: Path
+) -> None:
+    cases = [make_patient("p1"), make_patient("p2", 1)]
+    first = make_image("seg/a/p1-seg.nii.gz")
+    with pytest.raises(InputError, match=r"found no p2-seg.nii.gz, expected one for every case"):
+        with_segmentations(cases, tmp_path / "seg")
+    second = make_image("seg/p2-seg.nii")
+    found = with_segmentations(cases, tmp_path / "seg")
+    assert [case.segmentation for case in found] == [first, second]
+    assert [case.images for case in found] == [case.images for case in cases]
+    make_image("seg/b/p1-seg.nii.gz")
+    with pytest.raises(InputError, match="two segmentations of one case"):
+        with_segmentations(cases, tmp_path / "seg")
+    with pytest.raises(InputError, match="not a folder"):
+        with_segmentations(cases, tmp_path / "nowhere")
 
 
 def test_fitted_regressions_stand_beside_the_copies_and_beat_them(
@@ -133,8 +194,10 @@ def test_fitted_regressions_stand_beside_the_copies_and_beat_them(
     table = evaluate(
         [make_patient()], None, targets=[T2F], regressions=fit_regressions(sample, [T2F, T1N])
     )
-    brain = table[table["region"] == "brain"].set_index("method")["psnr"]
-    assert list(brain.index) == ["copy t1n", "copy t1c", "copy t2w", "ridge", "boosting"]
+    floors = table[(table["region"] == "brain") & (table["kind"] == "floor")]
+    brain = floors.set_index("method")["psnr"]
+    copies = ["copy t1n", "copy t1c", "copy t2w"]
+    assert list(brain.index) == ["zeros", "constant brain", *copies, "ridge", "boosting"]
     assert brain["boosting"] > brain["ridge"] > brain[["copy t1n", "copy t1c", "copy t2w"]].max()
 
 
@@ -245,8 +308,10 @@ def score(
     region: str = "brain",
     mae: float = 0.1,
 ) -> Score:
-    kind = "floor" if method in ("ridge", "copy t1n") else "model"
-    return Score(case, modality, method, kind, region, 9, float(psnr), ssim, mae)
+    kinds = {"ridge": "floor", "copy t1n": "floor", "tumor erased": "spoilt truth"}
+    kind = kinds.get(method, "model")
+    figures = {"psnr": float(psnr), "ssim": ssim, "mae": mae, "ms_ssim": 0.5, "mse": 1, "ncc": 0.5}
+    return Score(case, modality, method, kind, "aligned", region, 9, **figures)
 
 
 @pytest.fixture
@@ -259,7 +324,9 @@ def table() -> pd.DataFrame:
             score("ridge", 22, 0.8, case="b"),
             score("copy t1n", 10, 0.3, case="b"),
             score("ours", 26, 0.65, case="b", mae=0.05),
-            score("ours", 15, 0.4, region="tumor"),
+            score("ours", 15, 0.4, region="WT"),
+            score("tumor erased", 14, 0.96, region="WT"),
+            score("tumor erased", 40, 0.99, mae=0.01),
             score("copy t1n", 31, 0.9, modality="t1c"),
             score("ours", 32, 0.95, modality="t1c"),
         ]
@@ -270,16 +337,17 @@ def test_the_summary_averages_over_cases_and_puts_the_model_first(table: pd.Data
     summary = summarize(table)
     assert list(summary["modality"].unique()) == ["t1c", "t2f"]
     flair = summary[(summary["modality"] == "t2f") & (summary["region"] == "brain")]
-    assert list(flair["method"]) == ["ours", "ridge", "copy t1n"]
-    assert list(flair["cases"]) == [2, 2, 2]
-    assert list(flair["psnr"]) == pytest.approx([25, 21, 10])
-    assert list(flair["ssim"]) == pytest.approx([0.6, 0.7, 0.4])
+    assert list(flair["method"]) == ["ours", "ridge", "copy t1n", "tumor erased"]
+    assert list(flair["cases"]) == [2, 2, 2, 1]
+    assert list(flair["psnr"]) == pytest.approx([25, 21, 10, 40])
+    assert list(flair["ssim"]) == pytest.approx([0.6, 0.7, 0.4, 0.99])
 
 
 def test_the_verdict_names_the_floor_that_is_ahead(table: pd.DataFrame) -> None:
     assert verdicts(summarize(table)) == [
-        "t1c: ours beats every copy of another modality; no regression was fitted.",
-        "t2f: ours is not better than every floor (SSIM: ridge regression).",
+        "t1c: ours is not better than every floor (brain MAE: copy t1n).",
+        "t2f: ours is not better than every floor (brain SSIM: ridge regression; "
+        "WT SSIM: tumor erased; WT MAE: tumor erased). WT SSIM says nothing: tumor erased 0.960.",
     ]
 
 
@@ -299,6 +367,7 @@ def test_the_markdown_table_marks_the_best_of_each_column(table: pd.DataFrame) -
         "**0.400**",
         "**0.100**",
     ]
+    assert rows["t2f", "spoilt truth: tumor erased"][:2] == ["40.00", "0.990"]
     assert rows["t2f", "ridge regression"] == ["21.00", "**0.700**", "0.100", "", "", ""]
 
 
@@ -310,6 +379,11 @@ def test_files_hold_the_tables_and_the_json_has_no_infinity(
     assert [path.name for path in paths] == list(FILES)
     pd.testing.assert_frame_equal(pd.read_csv(paths[0]), table, check_dtype=False)
     record = json.loads(paths[2].read_text(), parse_constant=pytest.fail)
+    assert record["protocol"]["name"] == "aligned"
+    assert "99.5 %" in record["protocol"]["range"]
+    assert "over the voxels of its region" in record["protocol"]["mask"]
+    assert set(record["figures"]) == set(FIGURES)
+    assert list(record["regions"]) == ["brain", "WT"]
     assert record["seed"] == 3
     assert record["cases"] == ["a", "b"]
     assert record["summary"][0]["psnr"] is None
@@ -371,10 +445,31 @@ def test_floors_may_not_be_fitted_on_the_truth(judged: list[str], tmp_path: Path
     assert "case p1 is also among --truth" in result.stderr
 
 
+@pytest.mark.parametrize("protocol", ["brasyn", "published"])
+def test_the_command_uses_the_protocol_and_segmentations_asked_for(
+    judged: list[str], make_image: MakeImage, tmp_path: Path, protocol: str
+) -> None:
+    labels = np.zeros(SHAPE, dtype=np.uint8)
+    labels[10:14, 9:13, 8:12] = 4
+    make_image("seg/p1-seg.nii.gz", voxels=labels)
+    arguments = [a for a in judged if not a.startswith("--fit")]
+    asked = [f"--protocol={protocol}", f"--seg={tmp_path / 'seg'}"]
+    result = CliRunner().invoke(cwdm, [*arguments, *asked])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(f"Protocol {protocol}. ")
+    assert "PSNR ET" in result.stdout
+    table = pd.read_csv(tmp_path / "output" / "metrics.csv")
+    assert set(table["protocol"]) == {protocol}
+    assert set(table.loc[table["region"] == "ET", "voxels"]) == {64}
+    record = json.loads((tmp_path / "output" / "summary.json").read_text())
+    assert record["protocol"]["name"] == protocol
+    assert result.stdout.splitlines()[0] in (tmp_path / "output" / "summary.md").read_text()
+
+
 def test_without_cases_to_fit_on_the_command_says_what_is_missing(
     judged: list[str], tmp_path: Path
 ) -> None:
     result = CliRunner().invoke(cwdm, [a for a in judged if not a.startswith("--fit")])
     assert result.exit_code == 0, result.output
-    assert "the only floors are copies" in result.stderr
+    assert "the only floors are blank images and copies" in result.stderr
     assert "ridge" not in result.stdout

@@ -12,7 +12,16 @@ import pytest
 from scipy import ndimage
 
 from cwdm.errors import InputError
-from cwdm.floors import SIGMAS_MM, CaseFeatures, VoxelRegression, VoxelSample
+from cwdm.floors import (
+    SIGMAS_MM,
+    CaseFeatures,
+    VoxelRegression,
+    VoxelSample,
+    blurred,
+    constant_brain,
+    erased,
+    zeros,
+)
 from cwdm.metrics import affine_fit
 from cwdm.modality import SEQUENCES, Modality
 from cwdm.volume import Volume, brain_mask
@@ -157,3 +166,53 @@ def test_without_scikit_learn_the_error_names_the_extra(
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(InputError, match=r"cwdm\[evaluate\]"):
         VoxelRegression.fit(sample, T2F, "ridge")
+
+
+def test_blank_images_hold_nothing_of_the_target() -> None:
+    volumes = case(1)
+    target = volumes.pop(T2F)
+    brain = brain_mask(target)
+    blank = constant_brain(volumes, T2F)
+    np.testing.assert_array_equal(blank, brain)
+    assert not zeros(target).any()
+    assert zeros(target).shape == SHAPE
+
+
+def test_erasing_a_bump_on_an_even_brain_leaves_the_even_brain() -> None:
+    brain = brain_mask(case(1)[T1N])
+    even = np.where(brain, 100.0, 0.0)
+    tumor = np.zeros(SHAPE, dtype=bool)
+    tumor[10:16, 9:15, 8:14] = True
+    image = erased(volume(np.where(tumor, 250, even)), tumor)
+    np.testing.assert_allclose(image, even, rtol=1e-5)
+
+
+def test_erasing_changes_nothing_but_the_tumor_and_depends_on_the_healthy_brain_alone() -> None:
+    truth = case(1)[T2F]
+    tumor = np.zeros(SHAPE, dtype=bool)
+    tumor[10:16, 9:15, 8:14] = True
+    image = erased(truth, tumor)
+    np.testing.assert_array_equal(image[~tumor], truth.voxels[~tumor])
+    other = erased(volume(np.where(tumor, 9 * truth.voxels, truth.voxels)), tumor)
+    np.testing.assert_array_equal(image, other)
+    assert image[tumor].std() < 0.3 * truth.voxels[tumor].std()
+
+
+def test_deep_in_a_large_tumor_the_fill_is_the_mean_of_the_brain() -> None:
+    grid = np.indices((90, 90, 90)) - 44.5
+    radius = np.sqrt((grid**2).sum(axis=0))
+    image = np.where(radius < 43, 100 + grid[0], 0) + 400 * (radius < 40)
+    tumor = radius < 40
+    mean = float(image[(radius < 43) & ~tumor].mean())
+    fill = erased(volume(image), tumor)[45, 45, 45]
+    assert fill == pytest.approx(mean, rel=0.01)
+
+
+def test_a_blurred_truth_is_the_truth_averaged_in_its_brain() -> None:
+    plain = case(1)[T2F]
+    truth = volume(plain.voxels, spacing_mm=(1.0, 2.0, 0.5))
+    image = blurred(truth)
+    brain = brain_mask(truth)
+    expected = ndimage.gaussian_filter(truth.voxels, (2, 1, 4))
+    np.testing.assert_allclose(image[brain], expected[brain], rtol=1e-5)
+    np.testing.assert_array_equal(image[~brain], truth.voxels[~brain])

@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cwdm.metrics import Aligned, affine_fit, intensity_range, mae, psnr, ssim, ssim_map
+from cwdm.metrics import (
+    Aligned,
+    Similarity,
+    affine_fit,
+    intensity_range,
+    mae,
+    mse,
+    ncc,
+    psnr,
+    ssim,
+    ssim_map,
+    volume_ssim,
+)
 
 Voxels = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -104,6 +116,17 @@ def test_psnr_and_mae_of_a_constant_error_are_closed_forms() -> None:
     mask = np.ones(truth.shape, dtype=bool)
     assert psnr(truth + 5, truth, mask, data_range=50) == pytest.approx(20)
     assert mae(truth - 5, truth, mask) == pytest.approx(5)
+    assert mse(truth - 5, truth, mask) == pytest.approx(25)
+
+
+def test_correlation_ignores_units_knows_the_sign_and_is_zero_for_a_constant(
+    images: tuple[Voxels, Voxels, Mask],
+) -> None:
+    prediction, truth, brain = images
+    expected = np.corrcoef(prediction[brain], truth[brain])[0, 1]
+    assert ncc(prediction, truth, brain) == pytest.approx(expected, rel=1e-6)
+    assert ncc(7 - 3 * prediction, truth, brain) == pytest.approx(-expected, rel=1e-6)
+    assert ncc(np.full_like(truth, 4), truth, brain) == 0
 
 
 def test_a_perfect_prediction_has_infinite_psnr_and_ssim_one(
@@ -179,6 +202,30 @@ def test_two_constants_differ_by_the_luminance_term_only() -> None:
     p, t = np.full((25, 25, 25), 0.5, np.float32), np.full((25, 25, 25), 0.8, np.float32)
     expected = (2 * 0.5 * 0.8 + 1e-4) / (0.5**2 + 0.8**2 + 1e-4)
     assert float(ssim_map(p, t)[12, 12, 12]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_is_empty_in_both_images_is_skipped_and_counts_as_equal() -> None:
+    generator = np.random.default_rng(0)
+    p, t = generator.uniform(size=(2, 12, 10, 8)).astype(np.float32)
+    small = ssim_map(np.pad(p, 5), np.pad(t, 5))
+    wide = ssim_map(np.pad(p, 40), np.pad(t, 40))
+    np.testing.assert_allclose(wide[35:-35, 35:-35, 35:-35], small, atol=1e-5)
+    wide[35:-35, 35:-35, 35:-35] = 1
+    np.testing.assert_allclose(wide, 1, atol=1e-6)
+    assert (ssim_map(0 * p, 0 * t) == 1).all()
+
+
+def test_ssim_of_volumes_has_their_own_range_or_none() -> None:
+    p, t = np.random.default_rng(0).uniform(size=(2, 14, 12, 13)).astype(np.float32)
+    assert volume_ssim(30 * p, 30 * t) == pytest.approx(volume_ssim(p, t), abs=1e-5)
+    assert np.isnan(volume_ssim(0 * p, 0 * t))
+
+
+def test_multi_scale_similarity_of_a_negative_is_zero_and_of_itself_one() -> None:
+    image = np.random.default_rng(0).uniform(size=(20, 17, 16)).astype(np.float32)
+    mask = image > 0.5
+    assert Similarity.of(image, image).ms_ssim(mask) == pytest.approx(1, abs=1e-6)
+    assert Similarity.of(1 - image, image).ms_ssim(mask) == 0
 
 
 def test_arrays_of_different_shape_are_refused_with_their_shapes() -> None:

@@ -31,6 +31,8 @@ from cwdm import external, segnet
 from cwdm.case import Case, read_case
 from cwdm.cli.main import WRONG_INPUT, explain
 from cwdm.errors import InputError
+from cwdm.handoff import segment
+from cwdm.imputation import Imputation
 from cwdm.modality import SEQUENCES, Modality
 from cwdm.segmentation import Descriptor, Region, brats_labels, dice, from_regions, regions
 from cwdm.segmenters import KINDS, load
@@ -1112,3 +1114,40 @@ def test_brats_needs_docker_and_a_known_algorithm(
     monkeypatch.setattr("shutil.which", lambda program: None)
     with pytest.raises(InputError, match="brats:adult-glioma: Docker does not answer"):
         load("brats:adult-glioma")
+
+
+# --- after synthesis
+
+
+@pytest.mark.parametrize("kind", ["bundle", "onnx", "torchscript", "command"])
+def test_a_completed_case_is_segmented_by_every_kind(
+    kind: str,
+    patient: Patient,
+    truth: Any,
+    any_model: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    """The rule does not look at t2w, so that a synthetic one must not change a thing."""
+    case = patient("LPS")
+    case.images[T2W].unlink()
+    if kind == "bundle":
+        spec = bundle(tmp_path / "bundle", convolution(), network_def=CONVOLUTION)
+    elif kind == "onnx":
+        spec = request.getfixturevalue("onnx")
+    elif kind == "torchscript":
+        spec = request.getfixturevalue("script")()
+    else:
+        spec = request.getfixturevalue("program")() + " {t1n} {t1c} {t2f} {output}/{id}.nii.gz 3"
+    table = segment(
+        case.images[T1N].parent,
+        tmp_path / "out",
+        model=spec,
+        impute_missing=Imputation(model=any_model, precision="fp32"),
+        precision="fp32",
+    )
+    assert list(table["state"]) == ["done"]
+    like = read_volumes(case, [T1N])[T1N]
+    assert (read_labels(tmp_path / "out" / "x-seg.nii.gz", like) == truth).all()
+    record = json.loads((tmp_path / "out" / "x-seg.json").read_text())
+    assert record["synthetic_inputs"] == (["t2w"] if kind == "bundle" else [])
