@@ -63,6 +63,8 @@ def choose_executor(
 
     if address and name != "ray":
         raise InputError("--address: found without --executor ray")
+    if device != "auto" and name != "local":
+        raise InputError(f"--device {device}: found with --executor {name}, which knows its GPUs")
     if slurm and name != "slurm":
         raise InputError("--slurm: found without --executor slurm")
     if name == "ray":

@@ -86,7 +86,6 @@ def impute(
     from cwdm.imputation import impute as complete
     from cwdm.imputation import plan as plan_for
     from cwdm.layouts import find
-    from cwdm.modality import parse_modality
 
     chosen = shared.choose_executor(
         executor, workers=workers, device=device, address=address, slurm=slurm, output=output
@@ -95,7 +94,7 @@ def impute(
     found = find(source)
     job = Imputation(
         layout=layout,  # type: ignore[arg-type]
-        replace=tuple(parse_modality(name) for name in replace),
+        replace=replace,  # type: ignore[arg-type]
         model=model,
         preset=preset,
         seed=seed,

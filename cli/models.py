@@ -40,15 +40,13 @@ def models(ctx: click.Context) -> None:
 @models.command("list", short_help="Show which models and presets there are.")
 def list_() -> None:
     """Show the models that ship, those that can be downloaded, and the presets."""
-    from importlib import resources
-
     from cwdm.config import Config, presets
     from cwdm.hub import PUBLISHED
+    from cwdm.model import shipped_models
 
-    weights = Path(str(resources.files("cwdm") / "weights"))
     shipped = [
         (path.stem, _megabytes(path.stat().st_size), _makes(Config.read(path.stem)))
-        for path in sorted(weights.glob("*.safetensors"))
+        for path in shipped_models()
     ]
     published = [
         (

@@ -90,14 +90,13 @@ def segment(
     from cwdm.errors import InputError
     from cwdm.handoff import segment as segment_all
     from cwdm.imputation import Imputation
-    from cwdm.modality import parse_modality
 
     if replace and not impute_missing:
         raise InputError("--replace: found without --impute-missing")
     chosen = shared.choose_executor(
         executor, workers=workers, device=device, address=address, slurm=slurm, output=output
     )
-    how = Imputation(replace=tuple(parse_modality(name) for name in replace))
+    how = Imputation(replace=replace, precision=precision)  # type: ignore[arg-type]
     with shared.progress("segmenting") as report:
         table = segment_all(
             source,

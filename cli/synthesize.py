@@ -84,6 +84,7 @@ def synthesize(
     from cwdm.errors import InputError
     from cwdm.files import check_target
     from cwdm.modality import parse_modality
+    from cwdm.provenance import sidecar
     from cwdm.synthesis import Synthesizer, output_paths
     from cwdm.volume import acquired
 
@@ -126,7 +127,9 @@ def synthesize(
         if interval := synthesis.provenance.interval:
             for name in interval.files.values():
                 click.echo(path.with_name(name))
-            click.echo(f"The interval says nothing in {interval.wide:.1%} of the brain.", err=True)
+            if interval.calibrated:
+                told = f"the interval says nothing in {interval.wide:.1%} of the brain"
+                click.echo(f"note: {told}; {sidecar(path).name} names the places", err=True)
         for warning in synthesis.provenance.warnings:
             click.echo(f"note: {warning}", err=True)
         if preview:

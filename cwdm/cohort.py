@@ -6,18 +6,25 @@ ledger. So what is finished counts even if nobody waits any more, and what is no
 
     OUTPUT/...                   the files
     OUTPUT/.cwdm/ledger.sqlite   what became of each case
-    OUTPUT/.cwdm/outcomes/       of cases that are just finished
-    OUTPUT/.cwdm/staging/        files that are being made
+    OUTPUT/.cwdm/JOB/run         which run it is; workers of an earlier one stop when they see that
+    OUTPUT/.cwdm/JOB/outcomes/   of cases that are just finished
+    OUTPUT/.cwdm/JOB/staging/    files that are being made
+
+An acquired image may be in the output as a link, and be the last one. So nothing is removed or
+replaced there but what cwdm made, one link of several, and unchanged copies of what still is in the
+input.
 """
 
 import os
 import re
+import secrets
 import shutil
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,20 +36,22 @@ from cwdm.case import Case
 from cwdm.engine import Progress
 from cwdm.errors import InputError
 from cwdm.executors import Executor
-from cwdm.files import atomic_write, lock, move_new
+from cwdm.files import atomic_write, lock, sha256
 from cwdm.layouts import Found
 from cwdm.ledger import Entry, FileState, Ledger
+from cwdm.volume import is_result
 
-__all__ = ["Job", "Tally", "Worker", "due", "run"]
+__all__ = ["Job", "Tally", "Worker", "claim", "due", "run"]
 
 _AT_A_TIME = 3
 """Cases of a worker: one is read, one computed, one written."""
-_LIVES = 2
-"""How often a case may lose its worker."""
+_BARREN = 2
+"""Rounds without a case begun before the run is given up."""
 _LAST = ["seconds", "message"]
 """Columns at the right of the table."""
 _UNFIT = re.compile(r'^\.|[/\\:*?"<>|\x00-\x1f]')
 """What no file name may have in it."""
+_LEDGER = Path(".cwdm", "ledger.sqlite")
 
 Worker = Callable[[Case, Path, Progress], Mapping[str, Any]]
 """Makes the outputs of a case below a folder; returns what the user is shown about it. It is called
@@ -80,20 +89,30 @@ class Tally(NamedTuple):
 
 class _Task(NamedTuple):
     case: Case
-    previous: tuple[str, ...]
-    """Files that an earlier run made of this case."""
+    known: Entry | None
+    """What an earlier run did with this case."""
 
 
 def due(job: Job, cases: Sequence[Case], output: Path) -> list[Case]:
     """The cases that a run would work on: new, failed, interrupted or changed ones."""
-    path = Path(output) / ".cwdm" / "ledger.sqlite"
-    if not path.exists():
+    if not (path := Path(output) / _LEDGER).exists():
         return list(cases)
     ledger = Ledger(path, job.name)
     try:
         return [case for case in cases if not _is_finished(job, case, ledger[case.id], output)]
     finally:
         ledger.close()
+
+
+def claim(output: Path, *names: str) -> None:
+    """InputError if there is such a file in a folder that no cohort was written to yet."""
+    if not (output / _LEDGER).exists():
+        for name in names:
+            if os.path.lexists(output / name):
+                raise InputError(
+                    f"{output / name}: already exists and cwdm did not write it, expected another "
+                    "output folder"
+                )
 
 
 def run(
@@ -113,39 +132,75 @@ def run(
             can begin.
     """
     output = Path(os.path.abspath(output))
-    place = output / ".cwdm"
-    with lock(place / "lock"):
-        _clear(place)
-        ledger = Ledger(place / "ledger.sqlite", job.name)
+    claim(output, f"{job.name}.csv")
+    with lock(output / ".cwdm" / "lock"):
+        place = _Place.begin(output, job.name)
+        ledger = Ledger(output / _LEDGER, job.name)
         try:
-            for entry in _collect(place):
+            for entry in place.collect():
                 ledger.put([entry])
             tasks, entries = _plan(job, found, output, ledger)
             unchanged = {each.id for each in found.cases} - {each.case for each in entries}
             ledger.put(entries)
-            for done, failed in _work(job, tasks, output, executor, ledger):
+            for done, failed in _work(job, tasks, place, executor, ledger):
                 report(Tally(len(tasks), done, failed))
             table = _table(ledger, unchanged)
+            asked = _names(found)
         finally:
             ledger.close()
         with atomic_write(output / f"{job.name}.csv", overwrite=True) as temporary:
             table.to_csv(temporary, index=False)
-    asked = {case.id for case in found.cases} | {problem.case for problem in found.problems}
     return table[table["case"].isin(asked)].reset_index(drop=True)
 
 
-def _clear(place: Path) -> None:
-    """Remove what a killed run has left half-made."""
-    shutil.rmtree(place / "staging", ignore_errors=True)
-    for temporary in place.glob("outcomes/.cwdm-*"):
-        temporary.unlink(missing_ok=True)
+@dataclass(frozen=True)
+class _Place:
+    """Where the workers of one run leave what they make."""
 
+    output: Path
+    job: str
+    token: str
+    """Of the run."""
+    interrupted: frozenset[str] = frozenset()
+    """Cases that were being made when the run before was killed."""
 
-def _collect(place: Path) -> Iterator[Entry]:
-    """The outcomes that lie there; each is removed once the caller has asked for the next."""
-    for path in sorted(place.glob("outcomes/[!.]*.json")):
-        yield Entry.parse(path.read_text(encoding="utf-8"))
-        path.unlink()
+    @classmethod
+    def begin(cls, output: Path, job: str) -> "_Place":
+        """Take over, and clear away what a killed run has left half-made."""
+        folder = output / ".cwdm" / job
+        with atomic_write(folder / "run", overwrite=True) as temporary:
+            temporary.write_text(token := secrets.token_hex(8))
+        left = frozenset(path.name for path in folder.glob("staging/*/*"))
+        shutil.rmtree(folder / "staging", ignore_errors=True)
+        for path in folder.glob("outcomes/.cwdm-*"):
+            path.unlink(missing_ok=True)
+        return cls(output, job, token, left)
+
+    @property
+    def folder(self) -> Path:
+        return self.output / ".cwdm" / self.job
+
+    def staging(self, case: str) -> Path:
+        return self.folder / "staging" / self.token / case
+
+    def is_over(self) -> bool:
+        """Whether another run has begun since."""
+        try:
+            return (self.folder / "run").read_text() != self.token
+        except OSError:
+            return True
+
+    def leave(self, entry: Entry) -> None:
+        """Write down an outcome."""
+        path = self.folder / "outcomes" / f"{entry.case}.json"
+        with atomic_write(path, overwrite=True) as temporary:
+            temporary.write_text(entry.as_json(), encoding="utf-8")
+
+    def collect(self) -> Iterator[Entry]:
+        """The outcomes there are; each is removed once the caller asks for the next."""
+        for path in sorted(self.folder.glob("outcomes/[!.]*.json")):
+            yield Entry.parse(path.read_text(encoding="utf-8"))
+            path.unlink()
 
 
 def _plan(
@@ -153,29 +208,56 @@ def _plan(
 ) -> tuple[dict[str, _Task], list[Entry]]:
     """What there is to do, and the new entries of all cases that are not finished."""
     tasks: dict[str, _Task] = {}
-    entries = []
+    entries: list[Entry] = []
+    entry_of = {entry.case: entry for entry in ledger.entries()}
+    owners = {
+        name: entry.case
+        for entry in entry_of.values()
+        if entry.state == "done"
+        for name in entry.outputs
+    }
 
     def refuse(name: str, message: str) -> None:
-        known = ledger[name]
-        _remove(output, known.outputs if known else ())
-        entries.append(Entry(case=name, state="failed", message=message))
+        known = entry_of.get(name)
+        outputs = known.outputs if known else {}
+        entries.append(Entry(case=name, state="failed", message=message, outputs=outputs))
 
-    for problem in found.problems:
-        refuse(problem.case, problem.message)
+    for problem, name in zip(found.problems, _problem_names(found), strict=True):
+        refuse(name, problem.message)
     for case in map(_absolute, found.cases):
-        known = ledger[case.id]
+        known = entry_of.get(case.id)
         if _is_finished(job, case, known, output):
             continue
-        previous = tuple(known.outputs) if known else ()
         try:
-            planned = _outputs(job, case, output, previous)
+            planned = _outputs(job, case, output, known)
+            for name in planned:
+                if (owner := owners.setdefault(name, case.id)) != case.id:
+                    raise InputError(
+                        f"case {case.id}: its {name} would be that of case {owner}, expected "
+                        "another layout or another name"
+                    )
         except InputError as error:
             refuse(case.id, str(error))
             continue
-        tasks[case.id] = _Task(case, previous)
-        both = dict.fromkeys([*previous, *planned])
-        entries.append(Entry(case=case.id, state="running", outputs=both))
+        tasks[case.id] = _Task(case, known)
+        previous = known.outputs if known else {}
+        outputs = {**dict.fromkeys(planned), **previous}
+        inputs = known.inputs if known else {}
+        entries.append(Entry(case=case.id, state="running", outputs=outputs, inputs=inputs))
     return tasks, entries
+
+
+def _problem_names(found: Found) -> list[str]:
+    """What the problems are called in the ledger: not like a case that is well."""
+    well = {case.id for case in found.cases}
+    return [
+        each.message.partition(": ")[0] if each.case in well else each.case
+        for each in found.problems
+    ]
+
+
+def _names(found: Found) -> set[str]:
+    return {case.id for case in found.cases}.union(_problem_names(found))
 
 
 def _absolute(case: Case) -> Case:
@@ -185,24 +267,22 @@ def _absolute(case: Case) -> Case:
     return replace(case, images=images, segmentation=seg)
 
 
-def _outputs(job: Job, case: Case, output: Path, previous: Sequence[str]) -> list[str]:
+def _outputs(job: Job, case: Case, output: Path, known: Entry | None) -> list[str]:
     """The files to be made; InputError if the case is unfit, or another's file is in the way."""
     if _UNFIT.search(case.id):
         raise InputError(f"case {case.id}: found a name that no file can have, expected another")
     job.inputs(case)
     planned = [str(path) for path in job.outputs(case)]
     for name in planned:
-        if name not in previous and os.path.lexists(output / name):
-            raise InputError(
-                f"{output / name}: already exists and cwdm {job.name} did not write it here, "
-                "expected another output folder"
-            )
+        _check_free(output / name, name in known.outputs if known else False)
     return planned
 
 
-def _remove(output: Path, names: Iterable[str]) -> None:
-    for name in names:
-        (output / name).unlink(missing_ok=True)
+def _check_free(path: Path, known: bool) -> None:
+    if os.path.lexists(path) and not (known and path.is_file()):
+        raise InputError(
+            f"{path}: already exists and cwdm did not write it, expected another output folder"
+        )
 
 
 def _is_finished(job: Job, case: Case, entry: Entry | None, output: Path) -> bool:
@@ -225,41 +305,47 @@ def _is_finished(job: Job, case: Case, entry: Entry | None, output: Path) -> boo
 
 
 def _work(
-    job: Job, tasks: dict[str, _Task], output: Path, executor: Executor, ledger: Ledger
+    job: Job, tasks: dict[str, _Task], place: _Place, executor: Executor, ledger: Ledger
 ) -> Iterator[tuple[int, int]]:
-    """Until every task has an outcome; yields how many are done and how many have failed."""
+    """Until every task has an outcome; yields how many are done and how many have failed.
+
+    A case that was in work when a worker died is suspected of it, and done alone and last: if that
+    worker dies, too, it is the case.
+    """
     counts: Counter[str] = Counter()
-    lost: Counter[str] = Counter()
-    place = output / ".cwdm"
+    waiting = dict(tasks)
+    suspects = waiting.keys() & place.interrupted
+    barren = 0  # rounds in which workers died before they had begun
 
     def collect() -> None:
-        for entry in _collect(place):
+        for entry in place.collect():
             ledger.put([entry])
             if waiting.pop(entry.case, None):
                 counts[entry.state] += 1
 
-    waiting = dict(tasks)
-    barren = 0  # rounds in which workers died before they had begun
     while waiting:
         yield counts["done"], counts["failed"]
-        for _ in executor.run(partial(_begin, job, output), list(waiting.values())):
+        alone = suspects >= waiting.keys()
+        share = [task for name, task in waiting.items() if alone or name not in suspects]
+        begin = partial(_begin, job, place)
+        for _ in executor.run(begin, share, alone=alone):
             collect()
             yield counts["done"], counts["failed"]
         collect()
-        begun = [name for name in waiting if (place / "staging" / name).exists()]
+        begun = [name for name in waiting if place.staging(name).exists()]
         for name in begun:
-            shutil.rmtree(place / "staging" / name, ignore_errors=True)
-            lost[name] += 1
-            # it may have moved some of its files already
-            known = ledger[name]
-            waiting[name] = waiting[name]._replace(previous=tuple(known.outputs if known else ()))
-            if lost[name] == _LIVES:
+            shutil.rmtree(place.staging(name), ignore_errors=True)
+            known = ledger[name]  # with what it may have moved into place already
+            waiting[name] = waiting[name]._replace(known=known)
+            suspects.add(name)
+            if alone:
                 message = f"case {name}: the process that worked on it died, perhaps for memory"
-                ledger.put([Entry(case=name, state="failed", message=message)])
-                _remove(output, waiting.pop(name).previous)
+                outputs = known.outputs if known else {}
+                ledger.put([Entry(case=name, state="failed", message=message, outputs=outputs)])
+                del waiting[name]
                 counts["failed"] += 1
         barren = 0 if begun else barren + 1
-        if waiting and barren == _LIVES:
+        if waiting and barren == _BARREN:
             raise InputError("workers die before they begin, perhaps for memory; expected fewer")
     yield counts["done"], counts["failed"]
 
@@ -280,8 +366,8 @@ def _text(value: Any) -> Any:
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
-def _begin(job: Job, output: Path, device: str) -> Callable[[Sequence[_Task]], Iterator[None]]:
-    return _Bench(job, output, job.worker(device)).work
+def _begin(job: Job, place: _Place, device: str) -> Callable[[Sequence[_Task]], Iterator[None]]:
+    return _Bench(job, place, job.worker(device)).work
 
 
 @dataclass
@@ -289,7 +375,7 @@ class _Bench:
     """Where a worker stands, and what keeps it busy."""
 
     job: Job
-    output: Path
+    place: _Place
     worker: Worker
     stopped: threading.Event = field(default_factory=threading.Event)
 
@@ -306,20 +392,20 @@ class _Bench:
     def _one(self, task: _Task) -> None:
         """A case from its files to its outcome."""
         began = time.perf_counter()
-        case, place = task.case, self.output / ".cwdm"
-        staging = place / "staging" / case.id
-        staging.mkdir(parents=True, exist_ok=True)
-        entry = Entry(case=case.id, state="failed")
-        outputs: dict[str, FileState] = {}
+        if self.stopped.is_set() or self.place.is_over():
+            return
+        case, staging = task.case, self.place.staging(task.case.id)
+        outputs: dict[str, FileState | None] = {}
         try:
+            staging.mkdir(parents=True, exist_ok=True)
             files = self.job.inputs(case)
             inputs = {key: FileState.of(path, digest=True) for key, path in files.items()}
             settings = self.job.settings(case)
             notes = self.worker(case, staging, self._progress)
-            _remove(self.output, task.previous)
-            for path in self.job.outputs(case):
-                move_new(staging / path, self.output / path)
-                outputs[str(path)] = FileState.of(self.output / path)
+            if self.place.is_over():
+                return
+            for name in self._publish(task, inputs.keys()):
+                outputs[name] = FileState.of(self.place.output / name)
             entry = Entry(
                 case=case.id,
                 state="done",
@@ -336,16 +422,82 @@ class _Bench:
                 if isinstance(error, InputError)
                 else f"case {case.id}: unexpected {type(error).__name__}: {error}"
             )
-            entry = replace(entry, message=" ".join(message.split()))
-            _remove(self.output, [*task.previous, *outputs])
-        entry = replace(entry, seconds=time.perf_counter() - began)
-        with atomic_write(place / "outcomes" / f"{case.id}.json", overwrite=True) as temporary:
-            temporary.write_text(entry.as_json(), encoding="utf-8")
+            known = task.known.outputs if task.known else {}
+            left = self._clear({**known, **outputs}, lost=self._lost(task, None))
+            message = " ".join(message.split())
+            entry = Entry(case=case.id, state="failed", message=message, outputs=left)
+        self.place.leave(replace(entry, seconds=time.perf_counter() - began))
         shutil.rmtree(staging, ignore_errors=True)
+
+    def _publish(self, task: _Task, inputs: Iterable[str]) -> Iterator[str]:
+        """Move what was made into place; yields what is there. All or nothing may be replaced."""
+        known = task.known.outputs if task.known else {}
+        lost = self._lost(task, inputs)
+        staging, output = self.place.staging(task.case.id), self.place.output
+        planned = [str(path) for path in self.job.outputs(task.case)]
+        kept = {name for name in planned if _is_same(staging / name, output / name)}
+        for name in planned:
+            path = output / name
+            if name in kept or not os.path.lexists(path):
+                continue
+            _check_free(path, name in known)
+            if not _is_disposable(path, known[name], lost):
+                raise InputError(
+                    f"{path}: found what cwdm cannot make again, never replaced; expected another "
+                    "output folder"
+                )
+        self._clear({name: known[name] for name in known if name not in planned}, lost=lost)
+        for name in planned:
+            if name not in kept:
+                (output / name).parent.mkdir(parents=True, exist_ok=True)
+                (staging / name).replace(output / name)
+            yield name
+
+    def _clear(
+        self, names: Mapping[str, FileState | None], *, lost: bool
+    ) -> dict[str, FileState | None]:
+        """Remove what may be removed; what is left."""
+        left = {}
+        for name, state in names.items():
+            path = self.place.output / name
+            with suppress(OSError):
+                if _is_disposable(path, state, lost):
+                    path.unlink()
+            if os.path.lexists(path):
+                left[name] = state
+        return left
+
+    def _lost(self, task: _Task, inputs: Iterable[str] | None) -> bool:
+        """Whether something that the case was made from is no longer in the input."""
+        if inputs is None:
+            with suppress(InputError):
+                inputs = self.job.inputs(task.case)
+        return task.known is not None and not set(task.known.inputs) <= set(inputs or ())
 
     def _progress(self, done: int, total: int) -> None:
         if self.stopped.is_set():
             raise _Stopped
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Whether two files hold the same bytes; False unless both are there."""
+    if not (one.is_file() and other.is_file()):
+        return False
+    if one.samefile(other):
+        return True
+    return one.stat().st_size == other.stat().st_size and sha256(one) == sha256(other)
+
+
+def _is_disposable(path: Path, state: FileState | None, lost: bool) -> bool:
+    """Whether nothing is lost with a file that an earlier run put there."""
+    if not path.is_file():
+        return False
+    if path.suffix == ".json" or path.stat().st_nlink > 1:
+        return True
+    with suppress(InputError):
+        if is_result(path):
+            return True
+    return state is not None and not lost and state.is_current(path)
 
 
 class _Stopped(Exception):

@@ -40,10 +40,13 @@ _AT_A_TIME = 2
 class Executor(Protocol):
     """A place to work."""
 
-    def run(self, begin: Begin, tasks: Sequence[Any]) -> Iterator[None]:
+    def run(self, begin: Begin, tasks: Sequence[Any], *, alone: bool = False) -> Iterator[None]:
         """Do the tasks; yields now and then until no more will be done.
 
         A worker that dies takes its tasks with it. InputError where a worker cannot begin.
+
+        Args:
+            alone: one task at a time in a process, and not in this one.
         """
 
 
@@ -55,10 +58,10 @@ class Local:
     """Processes in all, which take the devices in turn."""
     device: str = "auto"
 
-    def run(self, begin: Begin, tasks: Sequence[Any]) -> Iterator[None]:
+    def run(self, begin: Begin, tasks: Sequence[Any], *, alone: bool = False) -> Iterator[None]:
         devices = _devices(self.device)
-        workers = min(self.workers or len(devices), len(tasks))
-        if workers <= 1:
+        workers = 1 if alone else min(self.workers or len(devices), len(tasks))
+        if workers == 1 and not alone:
             yield from begin(devices[0])(tasks)
             return
         # Forking would copy the locks of torch's threads as they are just then.
@@ -66,11 +69,11 @@ class Local:
         places = context.SimpleQueue()
         for number in range(workers):
             places.put(devices[number % len(devices)])
-        threads = max(1, (os.cpu_count() or 1) // workers)
+        threads = max(1, _cores() // workers)
         pool = ProcessPoolExecutor(
             workers, context, initializer=_start_worker, initargs=(begin, places, threads)
         )
-        size = max(1, min(_LARGEST_SHARE, len(tasks) // (4 * workers)))
+        size = 1 if alone else max(1, min(_LARGEST_SHARE, len(tasks) // (4 * workers)))
         try:
             waiting = {pool.submit(_work_here, share) for share in _shares(tasks, size)}
             while waiting:
@@ -97,7 +100,7 @@ class Ray:
     address: str | None = None
     """Of an existing cluster; none starts one on this machine, or joins that of RAY_ADDRESS."""
 
-    def run(self, begin: Begin, tasks: Sequence[Any]) -> Iterator[None]:
+    def run(self, begin: Begin, tasks: Sequence[Any], *, alone: bool = False) -> Iterator[None]:
         import ray
         from ray.exceptions import RayActorError, RayTaskError
         from ray.util import ActorPool
@@ -111,13 +114,14 @@ class Ray:
                 raise InputError(f"ray: found no cluster ({found}), expected --address") from error
         try:
             gpus = int(ray.cluster_resources().get("GPU", 0))
-            workers = min(self.workers or gpus or len(ray.nodes()), len(tasks))
+            workers = 1 if alone else min(self.workers or gpus or len(ray.nodes()), len(tasks))
+            at_a_time = 1 if alone else _AT_A_TIME
             actor: Any = ray.remote(_Worker)
             actor = actor.options(
-                num_gpus=min(1, gpus / workers), max_restarts=-1, max_concurrency=_AT_A_TIME
+                num_gpus=min(1, gpus / workers), max_restarts=-1, max_concurrency=at_a_time
             )
             actors = [actor.remote(begin) for _ in range(workers)]
-            pool = ActorPool(actors * _AT_A_TIME)
+            pool = ActorPool(actors * at_a_time)
             for task in tasks:
                 pool.submit(lambda each, task: each.work.remote([task]), task)
             while pool.has_next():
@@ -147,17 +151,20 @@ class Slurm:
     cluster: str = "slurm"
     """Or "local", which imitates it with processes on this machine."""
 
-    def run(self, begin: Begin, tasks: Sequence[Any]) -> Iterator[None]:
+    def run(self, begin: Begin, tasks: Sequence[Any], *, alone: bool = False) -> Iterator[None]:
         import submitit
 
+        workers = len(tasks) if alone else self.workers or -(-len(tasks) // 16)
+        shares = _shares(tasks, -(-len(tasks) // workers))
         try:
             executor = submitit.AutoExecutor(self.folder, cluster=self.cluster)
             executor.update_parameters(**{"timeout_min": 24 * 60, **self.parameters})
-        except (RuntimeError, NameError, TypeError, ValueError) as error:
-            raise InputError(f"slurm: {str(error).partition(chr(10))[0]}") from error
-        workers = self.workers or -(-len(tasks) // 16)
-        shares = _shares(tasks, -(-len(tasks) // workers))
-        jobs = executor.map_array(partial(_work_alone, begin), shares)
+            jobs = executor.map_array(partial(_work_alone, begin), shares)
+        except (RuntimeError, NameError, TypeError, ValueError, AssertionError) as error:
+            reason = " ".join(str(error).split()) or "found a parameter that it does not take"
+            raise InputError(f"slurm: {reason}") from error
+        except submitit.core.utils.FailedJobError as error:
+            raise InputError(f"slurm: {error}") from error
         try:
             while not all(job.done() for job in jobs):
                 time.sleep(_POLL_SECONDS)
@@ -187,6 +194,12 @@ def _devices(name: str) -> list[str]:
     if name == "auto" and torch.cuda.is_available():
         return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     return [name]
+
+
+def _cores() -> int:
+    """That this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _shares(tasks: Sequence[Any], size: int) -> list[Sequence[Any]]:

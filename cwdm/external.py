@@ -14,7 +14,8 @@ import shlex
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from difflib import get_close_matches
 from gzip import compress
@@ -42,12 +43,13 @@ from cwdm.segmentation import (
     find_label,
     find_region,
 )
-from cwdm.volume import Volume, read_labels, read_volumes
+from cwdm.volume import Volume, new_volume, read_labels, read_volumes, write_volume
 
 __all__ = ["BRATS", "Brats", "Command", "NnUnet", "brats_numbers"]
 
 _PLACEHOLDERS = ("input", "output", *SEQUENCES, "id")
 _TIMEOUT_S = 3600.0
+_POLL_S = 0.5
 _TAIL = 400
 """Characters of a program's output in an error."""
 
@@ -65,6 +67,8 @@ class _OnFiles:
     """What they share: from a case to files and back."""
 
     partial = False
+    lps = False
+    """Whether it takes voxels as they are stored, so that they have to be stored as in BraTS."""
     spec: str
     sha256: str
     channels: tuple[Modality, ...]
@@ -77,15 +81,21 @@ class _OnFiles:
             images, output = Path(temporary) / "input", Path(temporary) / "output"
             images.mkdir()
             output.mkdir()
-            staged = _stage(case, self.channels, images)
-            self.run(case.id, staged, output)
+            staged = _stage(case, volumes, images, lps=self.lps)
+            self.run(case.id, staged, output, progress)
             values = self._read(output, volumes[self.channels[0]])
         if progress:
             progress(1, 1)
         return self.labels(values)
 
-    def run(self, case_id: str, images: Mapping[Modality, Path], output: Path) -> None:
-        """Leave one NIfTI file in the folder `output` or below."""
+    def run(
+        self,
+        case_id: str,
+        images: Mapping[Modality, Path],
+        output: Path,
+        progress: Progress | None = None,
+    ) -> None:
+        """Leave one NIfTI file in `output` or below; the progress may raise to end it."""
         raise NotImplementedError
 
     def labels(self, values: NDArray[np.int32]) -> Labels:
@@ -107,13 +117,20 @@ class _OnFiles:
             raise InputError(f"{self.spec}: {error}") from error
 
 
-def _stage(case: Case, channels: Iterable[Modality], folder: Path) -> dict[Modality, Path]:
-    """Copies, so that nobody can write on the originals."""
+def _stage(
+    case: Case, volumes: Mapping[Modality, Volume], folder: Path, *, lps: bool
+) -> dict[Modality, Path]:
+    """Copies, so that nobody can write on the originals; stored as BraTS has them if asked for."""
     staged = {}
-    for modality in channels:
+    for modality, volume in volumes.items():
+        path = folder / f"{case.id}-{modality}.nii.gz"
+        staged[modality] = path
+        if lps:
+            like = new_volume(volume.voxels, volume.affine, np.float32, lps=True)
+            write_volume(volume.voxels, like, path, "cwdm copy of an input")
+            continue
         data = case.images[modality].read_bytes()
-        staged[modality] = folder / f"{case.id}-{modality}.nii.gz"
-        staged[modality].write_bytes(data if data[:2] == b"\x1f\x8b" else compress(data, 1))
+        path.write_bytes(data if data[:2] == b"\x1f\x8b" else compress(data, 1))
     return staged
 
 
@@ -147,7 +164,13 @@ class Command(_OnFiles):
         self.timeout_s = _TIMEOUT_S if timeout_s is None else timeout_s
         self.sha256 = hashlib.sha256("\0".join(self.words).encode()).hexdigest()
 
-    def run(self, case_id: str, images: Mapping[Modality, Path], output: Path) -> None:
+    def run(
+        self,
+        case_id: str,
+        images: Mapping[Modality, Path],
+        output: Path,
+        progress: Progress | None = None,
+    ) -> None:
         """InputError with the end of what the program said if it fails or takes too long."""
         folder = output / "segmentation"
         folder.mkdir()
@@ -166,7 +189,7 @@ class Command(_OnFiles):
             except OSError as error:
                 raise InputError(f"{self.spec}: {error.strerror}") from error
             try:
-                code = process.wait(self.timeout_s)
+                code = self._wait(process, progress)
             except subprocess.TimeoutExpired as error:
                 what = f"took longer than {self.timeout_s:g} s"
                 raise InputError(f"{self.spec}: {what}{_tail(log)}") from error
@@ -177,6 +200,19 @@ class Command(_OnFiles):
             if code:
                 what = f"exit code {code}" if code > 0 else signal.Signals(-code).name
                 raise InputError(f"{self.spec}: ended with {what}{_tail(log)}")
+
+    def _wait(self, process: subprocess.Popen[bytes], progress: Progress | None) -> int:
+        """The exit code; TimeoutExpired when the time is up, or whatever the progress raises."""
+        deadline = time.monotonic() + self.timeout_s
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                return process.wait(max(0.0, min(left, _POLL_S)))
+            except subprocess.TimeoutExpired:
+                if left <= 0:
+                    raise
+            if progress:
+                progress(0, 1)
 
 
 def _tail(log: io.BufferedRandom) -> str:
@@ -192,6 +228,8 @@ class NnUnet(_OnFiles):
     All its folds are averaged, mirrored as in training. Its checkpoints are pickles, which can run
     code: load only folders that you trust.
     """
+
+    lps = True
 
     def __init__(self, spec: str, folder: Path, device: torch.device):
         dataset = folder / "dataset.json"
@@ -223,7 +261,13 @@ class NnUnet(_OnFiles):
         if self.predictor.configuration_manager.previous_stage_name is not None:
             raise InputError(f"{folder}: second stage of a cascade, expected a single network")
 
-    def run(self, case_id: str, images: Mapping[Modality, Path], output: Path) -> None:
+    def run(
+        self,
+        case_id: str,
+        images: Mapping[Modality, Path],
+        output: Path,
+        progress: Progress | None = None,
+    ) -> None:
         files = [str(images[modality]) for modality in self.channels]
         with redirect_stdout(io.StringIO()):
             self.predictor.predict_from_files_sequential([files], [str(output / case_id)])
@@ -282,6 +326,7 @@ class Brats(_OnFiles):
     """
 
     channels: tuple[Modality, ...] = SEQUENCES
+    lps = True
 
     def __init__(self, spec: str, name: str, device: str):
         task, _, algorithm = name.partition("/")
@@ -315,7 +360,13 @@ class Brats(_OnFiles):
         image = str(self.segmenter.algorithm.run_args.docker_image)
         self.sha256 = hashlib.sha256(image.encode()).hexdigest()
 
-    def run(self, case_id: str, images: Mapping[Modality, Path], output: Path) -> None:
+    def run(
+        self,
+        case_id: str,
+        images: Mapping[Modality, Path],
+        output: Path,
+        progress: Progress | None = None,
+    ) -> None:
         from brats.utils import exceptions
         from docker.errors import DockerException
 

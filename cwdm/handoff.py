@@ -105,6 +105,7 @@ class _Worker:
         absent = tuple(m for m in SEQUENCES if m in self.job.channels and m not in used)
         like = read_volume(next(iter(used.values())))
         with TURN:
+            progress(0, 1)  # nobody may want it any more
             began = time.perf_counter()
             labels = self.segmenter(case, progress)
             seconds = time.perf_counter() - began
@@ -175,6 +176,7 @@ def segment(
         cohort = find(Path(cohort))
     if impute_missing:
         how = impute_missing if isinstance(impute_missing, Imputation) else Imputation()
+        how = replace(how, layout="brats")  # which is read back below
         cohort = _completed(cohort, output / COMPLETED, how, executor, report)
     return run(job, cohort, output, executor, report)
 

@@ -6,31 +6,42 @@ table = cwdm.impute("cohort", "completed")
 """
 
 import dataclasses
+import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from cwdm import __version__
 from cwdm.case import Case, Kind
-from cwdm.cohort import Tally, Worker, due, run
+from cwdm.cohort import Tally, Worker, claim, due, run
 from cwdm.engine import Precision, Progress
 from cwdm.errors import InputError
 from cwdm.executors import Executor, Local
-from cwdm.files import gzip_copy, link_or_copy
-from cwdm.layouts import Found, Layout, Problem, describe, find, image_path
+from cwdm.files import atomic_write, gzip_copy, link_or_copy
+from cwdm.layouts import (
+    DESCRIPTIONS,
+    Found,
+    Layout,
+    Problem,
+    describe,
+    find,
+    image_path,
+)
 from cwdm.ledger import digest
-from cwdm.modality import SEQUENCES, Modality
+from cwdm.modality import SEQUENCES, Modality, parse_modality
 from cwdm.model import default_model
 from cwdm.provenance import sidecar
 from cwdm.segmentation import brats_labels
 from cwdm.synthesis import Synthesizer
-from cwdm.volume import acquired, read_labels, read_volume, write_volume
+from cwdm.volume import acquired, read_labels, read_volume, read_volumes, stored_as, write_volume
 
 __all__ = ["Imputation", "Plan", "impute", "plan"]
 
@@ -58,6 +69,13 @@ class Imputation:
     precision: Precision = "auto"
     copy: bool = False
     """Copy acquired images instead of linking to them."""
+
+    def __post_init__(self) -> None:
+        """Names become modalities, and the path one that is the same for workers elsewhere."""
+        replaced = tuple(parse_modality(name) for name in self.replace)
+        object.__setattr__(self, "replace", replaced)
+        if self.model is not None:
+            object.__setattr__(self, "model", Path(os.path.abspath(self.model)))
 
     @property
     def name(self) -> str:
@@ -88,6 +106,7 @@ class Imputation:
             "steps": list(self.steps) if isinstance(self.steps, tuple) else self.steps,
             "sampler": self.sampler,
             "precision": self.precision,
+            "copy": self.copy,
         }
 
     def outputs(self, case: Case) -> list[Path]:
@@ -116,7 +135,7 @@ class Imputation:
             path = folder / image_path(self.layout, case.id, kind, self._suffix(source))
             path.parent.mkdir(parents=True, exist_ok=True)
             if kind == "seg" and self.layout == "nnunet":
-                _write_labels(source, path)
+                _write_labels(source, path, case)
             elif path.name.endswith(".gz") and not source.name.lower().endswith(".gz"):
                 gzip_copy(source, path)
             else:
@@ -126,8 +145,8 @@ class Imputation:
         """What the output takes over as it is."""
         if self.layout == "brasyn":
             return {}
-        targets = self.targets(case)
-        kept: dict[Kind, Path] = {m: path for m, path in case.images.items() if m not in targets}
+        left = self.targets(case) if self.layout == "brats" else (*self.targets(case), Modality.CT)
+        kept: dict[Kind, Path] = {m: path for m, path in case.images.items() if m not in left}
         return kept | ({"seg": case.segmentation} if case.segmentation else {})
 
     def _suffix(self, path: Path) -> str:
@@ -223,11 +242,16 @@ def _seconds(
     """Of a single worker: computing, or reading if that takes longer."""
     if not wanted:
         return 0.0
-    began = time.perf_counter()
-    first = cases[0]
-    volumes = [read_volume(path) for m, path in first.images.items() if m not in job.replace]
+    for case in cases:
+        began = time.perf_counter()
+        with suppress(InputError):
+            usable = [m for m in case.images if m not in job.replace]
+            volumes = read_volumes(case, usable)
+            break
+    else:
+        return 0.0  # none of them can be read
     reading = (time.perf_counter() - began) * sum(wanted.values())
-    voxels = volumes[0].voxels.size * _BRAIN / _TRIAL**3
+    voxels = volumes[usable[0]].voxels.size * _BRAIN / _TRIAL**3
     computing = sum(
         job.load(target, device).seconds(_TRIAL, sampler=job.sampler, steps=job.steps)
         * voxels
@@ -247,7 +271,8 @@ def _size(job: Imputation, case: Case, output: Path) -> int:
 def _can_link(case: Case, output: Path) -> bool:
     """Whether the case lies on the same disk as the output."""
     there = next(each for each in (output, *output.absolute().parents) if each.exists())
-    return all(path.stat().st_dev == there.stat().st_dev for path in case.images.values())
+    devices = {path.stat().st_dev for path in case.images.values() if path.exists()}
+    return devices <= {there.stat().st_dev}
 
 
 def impute(
@@ -283,13 +308,25 @@ def impute(
     if not isinstance(cohort, Found):
         apart(Path(cohort), output)
         cohort = find(Path(cohort))
+    claim(output, *DESCRIPTIONS.get(job.layout, ()))
     found = _acquired_only(cohort, job.replace)
     for target in {each for case in due(job, found.cases, output) for each in job.targets(case)}:
         # what is wrong with the model is told once, not for every case
         job.load(target, "cpu").engine.settings(job.sampler, job.steps)
+    _keep_to(job.layout, output)
     table = run(job, found, output, executor or Local(), report)
-    describe(job.layout, output, int((table["state"] != "failed").sum()), __version__)
+    every = pd.read_csv(output / f"{job.name}.csv")
+    describe(job.layout, output, int((every["state"] != "failed").sum()), __version__)
     return table
+
+
+def _keep_to(layout: Layout, output: Path) -> None:
+    """InputError if the output was begun in another layout."""
+    note = output / ".cwdm" / "layout"
+    if note.exists() and (found := note.read_text().strip()) != layout:
+        raise InputError(f"{output}: found the layout {found}, expected it or another folder")
+    with atomic_write(note, overwrite=True) as temporary:
+        temporary.write_text(f"{layout}\n")
 
 
 def apart(cohort: Path, output: Path) -> None:
@@ -313,8 +350,9 @@ def _acquired_only(found: Found, replaced: Sequence[Modality]) -> Found:
     return Found(cases, problems, found.series)
 
 
-def _write_labels(source: Path, path: Path) -> None:
+def _write_labels(source: Path, path: Path, case: Case) -> None:
     """A segmentation with the labels that the data set's description promises."""
-    like = read_volume(source)
+    like = read_volume(next(iter(case.images.values())))
     labels = brats_labels(read_labels(source, like), source)
-    write_volume(labels, like, path, f"cwdm {__version__} labels 1 NCR, 2 ED, 3 ET")
+    grid = dataclasses.replace(like, header=stored_as(np.uint8, like.header))
+    write_volume(labels, grid, path, f"cwdm {__version__} labels 1 NCR, 2 ED, 3 ET")

@@ -16,7 +16,7 @@ from cwdm.errors import InputError
 from cwdm.files import atomic_write
 from cwdm.modality import SEQUENCES, Modality, find_modality
 
-__all__ = ["Found", "Layout", "Problem", "describe", "find", "image_path", "merge"]
+__all__ = ["DESCRIPTIONS", "Found", "Layout", "Problem", "describe", "find", "image_path", "merge"]
 
 Layout = Literal["brats", "nnunet", "bids", "brasyn"]
 """How the files of a data set are named."""
@@ -59,7 +59,7 @@ def find(path: Path) -> Found:
 
     Args:
         path: a CSV file (`id`, a column per modality, perhaps `seg`; paths relative to the file);
-            an nnU-Net folder (`dataset.json`, `imagesTr/<id>_0000.nii.gz` or `imagesTs`,
+            an nnU-Net folder (`dataset.json`, `imagesTr/<id>_0000.nii.gz`, else `imagesTs`,
             `labelsTr`); a BIDS folder (`sub-<id>[/ses-<id>]/anat/*_T1w.nii.gz`; `ce-` makes it
             T1c); or any folder with a folder per case at or below it, as `case.read_case` reads
             them.
@@ -132,12 +132,15 @@ def _is_odd(folder: Path, names: list[str], root: Path) -> bool:
 
 
 def _from_nnunet(folder: Path) -> Found:
-    """`imagesTr/<id>_<channel>.nii.gz`, `imagesTs`; `dataset.json` names the channels."""
+    """`imagesTr/<id>_<channel>.nii.gz`, else `imagesTs`; `dataset.json` names the channels."""
     channels = _channels(folder / "dataset.json")
     files: dict[str, Files] = {}
     problems = []
-    folders = [each for each in (folder / "imagesTr", folder / "imagesTs") if each.is_dir()]
-    for path in (images / name for images in folders for name in nifti_names(images)):
+    # nobody is to train on images that are for testing, unless they are all there is
+    images = folder / "imagesTr"
+    if not images.is_dir() and (folder / "imagesTs").is_dir():
+        images = folder / "imagesTs"
+    for path in (images / name for name in nifti_names(images)):
         match = _CHANNEL.fullmatch(path.name)
         if not match or int(match["number"]) not in channels:
             expected = ", ".join(f"<id>_{number:04d}.nii.gz" for number in channels)
@@ -284,7 +287,10 @@ def _bids_entities(case_id: str) -> list[str]:
     """`sub-1_ses-2` is taken apart; of another name the letters and digits make a subject."""
     if re.fullmatch(r"sub-[0-9A-Za-z]+(_ses-[0-9A-Za-z]+)?", case_id):
         return case_id.split("_")
-    return [f"sub-{re.sub('[^0-9A-Za-z]', '', case_id)}"]
+    subject = re.sub("[^0-9A-Za-z]", "", case_id)
+    if not subject:
+        raise InputError(f"case {case_id}: found no letter or digit, expected some for BIDS")
+    return [f"sub-{subject}"]
 
 
 def describe(layout: Layout, output: Path, cases: int, version: str) -> None:
@@ -310,6 +316,13 @@ def describe(layout: Layout, output: Path, cases: int, version: str) -> None:
         _write_json(output / "dataset_description.json", record)
         with atomic_write(output / ".bidsignore", overwrite=True) as temporary:
             temporary.write_text("*.csv\n.cwdm/\n")
+
+
+DESCRIPTIONS: dict[Layout, tuple[str, ...]] = {
+    "nnunet": ("dataset.json",),
+    "bids": ("dataset_description.json", ".bidsignore"),
+}
+"""The files that `describe` writes."""
 
 
 def _write_json(path: Path, record: dict[str, Any]) -> None:

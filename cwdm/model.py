@@ -33,6 +33,7 @@ __all__ = [
     "load_model",
     "save_calibrated",
     "save_model",
+    "shipped_models",
     "to_bytes",
 ]
 
@@ -210,11 +211,14 @@ def find_model(name_or_path: str | Path) -> Path:
     path, name = Path(name_or_path), str(name_or_path)
     if path.suffix or path.is_file():
         return path
-    folder = Path(str(resources.files("cwdm") / "weights"))
-    path = folder / f"{name}.safetensors"
-    if not path.is_file():
-        known = sorted(each.stem for each in folder.glob("*.safetensors"))
+    known = {each.stem: each for each in shipped_models()}
+    if name not in known:
         raise InputError(
             f"{name}: no such model, expected a file or one of {', '.join(known) or 'none'}"
         )
-    return path
+    return known[name]
+
+
+def shipped_models() -> list[Path]:
+    """The files of all models that ship with cwdm."""
+    return sorted(Path(str(resources.files("cwdm") / "weights")).glob("small-*.safetensors"))

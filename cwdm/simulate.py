@@ -113,11 +113,7 @@ def write_case(case: SimulatedCase, output: Path, *, overwrite: bool = False) ->
     for name, voxels in [*case.images.items(), ("seg", case.segmentation)]:
         path = folder / f"{case.id}-{name}.nii.gz"
         array = voxels.cpu().numpy()
-        like = new_volume(array, case.affine, array.dtype)
-        to_lps = np.diag([-1.0, -1.0, 1.0, 1.0])
-        to_lps[:2, 3] = np.array(array.shape[:2]) - 1
-        like.header.set_qform(case.affine @ to_lps, code=1)
-        like.header.set_sform(case.affine @ to_lps, code=1)
+        like = new_volume(array, case.affine, array.dtype, lps=True)
         write_volume(array, like, path, f"cwdm {__version__} simulated, no patient", overwrite)
     return folder
 

@@ -163,7 +163,7 @@ class Synthesizer:
             published.check(config, self.model.path)
         given = acquired(case.without(target))
         absent = self._absent(given)
-        sources = list(given.images)
+        sources = [m for m in others(target) if m in given.images]
         volumes = read_volumes(given, sources)
         prepared = (
             published.prepare(volumes)
@@ -309,8 +309,9 @@ class Synthesizer:
                     f"in {fitted.steps} steps from all inputs: the interval is not calibrated"
                 )
             warnings.append(
-                f"{why}. It is {q:.4f} standard deviations of the samples either side, right only "
-                "if they are normal and the truth is one of them; see cwdm calibrate."
+                f"{why}. It is {q:.4f} standard deviations of the samples either side, as if they "
+                "were normal and the truth one of them, and likely too narrow: what it does not "
+                "name as wide is not therefore to be trusted; see cwdm calibrate."
             )
         uncertainty = Uncertainty.of(
             volume.voxels, moments.std, brain, q=q, floor=floor, coverage=share

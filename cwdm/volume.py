@@ -54,17 +54,29 @@ class Volume:
 
 
 def new_volume(
-    voxels: NDArray[Any], affine: NDArray[np.float64], dtype: DTypeLike = np.int16
+    voxels: NDArray[Any],
+    affine: NDArray[np.float64],
+    dtype: DTypeLike = np.int16,
+    *,
+    lps: bool = False,
 ) -> Volume:
     """A volume that has no file yet: voxels (X, Y, Z) in canonical orientation, affine in mm.
 
     `write_volume(voxels, new_volume(voxels, affine), path, ...)` makes its file.
+
+    Args:
+        lps: store it with X and Y turned round, as BraTS images are.
     """
+    stored = np.array(affine, np.float64)
+    if lps:
+        turn = np.diag([-1.0, -1.0, 1.0, 1.0])
+        turn[:2, 3] = np.array(voxels.shape[:2]) - 1
+        stored = stored @ turn
     header = nib.Nifti1Header()
     header.set_data_shape(voxels.shape)
     header.set_data_dtype(dtype)
-    header.set_qform(affine, code=1)
-    header.set_sform(affine, code=1)
+    header.set_qform(stored, code=1)
+    header.set_sform(stored, code=1)
     header.set_xyzt_units("mm")
     header.set_slope_inter(1.0, 0.0)
     return Volume(voxels.astype(np.float32), np.array(affine, np.float64), header, Path("(new)"))
@@ -150,7 +162,7 @@ def write_volume(
         raise ValueError(f"{path}: the voxels to write are not all finite")
     if not description.startswith(_MARK):
         raise ValueError(f"the description {description!r} does not begin with {_MARK!r}")
-    if overwrite and path.exists() and not _description(path).startswith(_MARK):
+    if overwrite and path.exists() and not is_ours(path):
         raise InputError(f"{path}: not written by cwdm, an acquired image is never overwritten")
     header = like.header.copy()
     header["descrip"] = description.encode("ascii", "replace")[:79]
@@ -175,6 +187,16 @@ def write_volume(
 def is_synthetic(path: Path) -> bool:
     """Whether the image's header says that it is synthetic; InputError if it cannot be read."""
     return "SYNTHETIC" in _description(path)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether cwdm wrote the image; InputError if its header cannot be read."""
+    return _description(path).startswith(_MARK)
+
+
+def is_result(path: Path) -> bool:
+    """Whether cwdm made it from images, and can again: not if it is of a simulated case."""
+    return is_ours(path) and "simulated" not in _description(path)
 
 
 def acquired(case: Case) -> Case:

@@ -34,6 +34,8 @@ class Copying:
     always: bool = False
     refuses: bool = False
     """No worker can begin."""
+    flat: bool = False
+    """All cases have outputs of the same names."""
     name: str = "copy"
 
     def inputs(self, case: Case) -> Mapping[str, Path]:
@@ -45,6 +47,8 @@ class Copying:
         return {"setting": self.setting}
 
     def outputs(self, case: Case) -> list[Path]:
+        if self.flat:
+            return [Path(f"{modality}.txt") for modality in case.images]
         return [Path(case.id, path.name) for path in case.images.values()]
 
     def worker(self, device: str) -> Worker:

@@ -23,7 +23,16 @@ ROWS = {
     | {"synthesis", "train", "validation"},
     "files and records": {"alignment", "anatomy", "cache", "case", "checkpoints", "checks"}
     | {"compat", "config", "dataset", "dicom", "files", "hub", "intensity", "layouts", "ledger"}
-    | {"model", "preparation", "protocols", "provenance", "run", "segmentation", "spoilt", "volume"},
+    | {
+        "model",
+        "preparation",
+        "protocols",
+        "provenance",
+        "run",
+        "segmentation",
+        "spoilt",
+        "volume",
+    },
     "tensors": {
         "coefficients",
         "conditioning",

@@ -89,6 +89,7 @@ def test_the_command_uses_the_calibration(model_file, simulated, tmp_path):
     result = run("synthesize", *words, "--samples", 3)
     assert result.exit_code == 0, result.output
     assert "not calibrated" not in result.stderr
+    assert "of the brain; " in result.stderr
     (record,) = [json.loads(path.read_text()) for path in out.glob("*.json")]
     assert record["interval"]["calibrated"] is True
     assert record["interval"]["q"] == load_model(output).calibration[TARGET].q

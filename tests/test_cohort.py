@@ -17,7 +17,7 @@ import pytest
 from cwdm.cohort import Tally, due, run
 from cwdm.errors import InputError
 from cwdm.executors import Local
-from cwdm.layouts import find
+from cwdm.layouts import Found, Problem, find
 from cwdm.ledger import Ledger
 from tests.copying import Copying
 
@@ -80,7 +80,7 @@ def finished(output: Path) -> set[str]:
     place = output / ".cwdm"
     names = {
         path.stem
-        for path in place.glob("outcomes/*.json")
+        for path in place.glob("copy/outcomes/*.json")
         if not path.name.startswith(".") and '"done"' in path.read_text()
     }
     if (place / "ledger.sqlite").exists():
@@ -107,12 +107,12 @@ def test_every_case_is_done_and_then_left_alone(cohort: Path, output: Path) -> N
     made = files(output)
     assert made.pop("copy.csv").count("\n") == 7
     assert made == {name: f"{Path(name).name} 0" for name in files(cohort)}
-    before = {path: path.stat() for path in output.rglob("c*/*")}
+    before = {path: path.stat() for path in output.glob("c?/*")}
     assert states(cohort, output) == {"unchanged": 6}
-    assert {path: path.stat() for path in output.rglob("c*/*")} == before
+    assert {path: path.stat() for path in output.glob("c?/*")} == before
     assert set(begun(output).values()) == {1}
-    assert not list((output / ".cwdm/staging").glob("*"))
-    assert not list((output / ".cwdm/outcomes").glob("*"))
+    assert not list((output / ".cwdm/copy/staging").glob("*/*"))
+    assert not list((output / ".cwdm/copy/outcomes").glob("*"))
 
 
 def test_what_changed_is_done_again(cohort: Path, output: Path) -> None:
@@ -121,7 +121,8 @@ def test_what_changed_is_done_again(cohort: Path, output: Path) -> None:
     os.utime(cohort / "c1/c1-t1n.nii.gz", (1, 1))  # another time, the same content
     (output / "c2/c2-t2w.nii.gz").unlink()  # a result that is gone
     (cohort / "c3/c3-t1c.nii.gz").write_text("one more")
-    (output / "c4/c4-t2w.nii.gz").write_text("touched")
+    (output / "c4/c4-t2w.nii.gz").unlink()
+    os.link(output / "c4/c4-t1n.nii.gz", output / "c4/c4-t2w.nii.gz")  # a link to something else
     job = Copying(log="")
     assert [case.id for case in due(job, find(cohort).cases, output)] == ["c0", "c2", "c3", "c4"]
     assert states(cohort, output) == {"done": 4, "unchanged": 2}
@@ -132,11 +133,29 @@ def test_what_changed_is_done_again(cohort: Path, output: Path) -> None:
     assert (output / "c4/c4-t2w.nii.gz").read_text() == "c4-t2w.nii.gz 1"
 
 
-def test_what_is_no_longer_made_is_removed(cohort: Path, output: Path) -> None:
+def test_what_is_no_longer_in_the_input_stays_in_the_output(cohort: Path, output: Path) -> None:
+    """It may be the last copy of a patient's image."""
     copy(cohort, output)
     (cohort / "c0/c0-t1n.nii.gz").unlink()
+    assert states(cohort, output) == {"done": 1, "unchanged": 5}
+    assert len(list((output / "c0").iterdir())) == 2
+    (cohort / "c0/c0-t2w.nii.gz").write_text("new")
+    told = copy(cohort, output)
+    assert told["c0"] == ("done", "")  # nothing of it is lost any more
+    for path in (cohort / "c1").iterdir():
+        path.unlink()
+    (cohort / "c1").rmdir()
+    states(cohort, output)
+    assert len(list((output / "c1").iterdir())) == 2
+
+
+def test_what_somebody_changed_in_the_output_stays(cohort: Path, output: Path) -> None:
     copy(cohort, output)
-    assert [path.name for path in (output / "c0").iterdir()] == ["c0-t2w.nii.gz"]
+    touched = output / "c4/c4-t2w.nii.gz"
+    touched.write_text("touched")
+    told = copy(cohort, output)
+    assert told["c4"][1].startswith(f"{touched}: found what cwdm cannot make again")
+    assert touched.read_text() == "touched"
 
 
 def test_moving_the_cohort_changes_nothing(cohort: Path, output: Path, tmp_path: Path) -> None:
@@ -159,6 +178,45 @@ def test_the_table_keeps_the_cases_of_earlier_runs(cohort: Path, output: Path) -
         "c1,",
         "c2,",
     ]
+
+
+def test_other_work_on_the_same_output_keeps_to_its_own(cohort: Path, output: Path) -> None:
+    """Also if it finds what the first has left when it was killed."""
+    copy(cohort, output)
+    ledger = Ledger(output / ".cwdm/ledger.sqlite", "copy")
+    entry = ledger["c0"]
+    ledger.close()
+    assert entry is not None
+    left = output / ".cwdm/copy/outcomes/c0.json"
+    left.write_text(entry.as_json())
+    told = copy(cohort, output, name="other")
+    assert "already exists" in told["c0"][1]
+    assert left.exists()
+    assert states(cohort, output) == {"unchanged": 6}
+    assert len(list(output.glob("c0/*"))) == 2
+
+
+def test_two_cases_never_share_a_file(cohort: Path, output: Path) -> None:
+    told = copy(cohort, output, flat=True)
+    assert told["c0"][0] == "done"
+    assert "t1n.txt would be that of case c0" in told["c1"][1]
+    again = copy(cohort, output, flat=True)
+    assert again["c0"][0] == "unchanged"
+    assert again["c1"][0] == "failed"
+
+
+def test_workers_of_an_earlier_run_stop(cohort: Path, output: Path) -> None:
+    def begin_anew(tally: Tally) -> None:
+        if tally.done:
+            (output / ".cwdm/copy/run").write_text("another run")
+
+    cases = find(cohort)
+    job = Copying(log=f"{output}.log", seconds=0.2)
+    with pytest.raises(InputError, match="workers die before they begin"):
+        run(job, cases, output, Local(1, "cpu"), begin_anew)
+    done = finished(output)
+    assert 0 < len(done) < 6
+    assert states(cohort, output) == {"unchanged": len(done), "done": 6 - len(done)}
 
 
 # --- what goes wrong
@@ -192,6 +250,51 @@ def test_what_is_no_case_is_told_with_the_others(cohort: Path, output: Path) -> 
     told = copy(cohort, output)
     assert "belong to different cases" in told["two"][1]
     assert Counter(state for state, _ in told.values()) == {"done": 6, "failed": 1}
+
+
+def test_what_became_unreadable_keeps_its_result(cohort: Path, output: Path) -> None:
+    """As when a disk is not there."""
+    copy(cohort, output)
+    found = find(cohort)
+    problem = Problem("c0", "c0: found nothing")
+    run(
+        Copying(log=f"{output}.log"),
+        Found(found.cases[1:], [problem]),
+        output,
+        Local(1, "cpu"),
+    )
+    assert len(list(output.glob("c0/*"))) == 2
+    assert states(cohort, output) == {"done": 1, "unchanged": 5}
+
+
+def test_a_problem_with_the_name_of_a_case_is_not_that_case(cohort: Path, output: Path) -> None:
+    (cohort / "later" / "c0").mkdir(parents=True)
+    assert states(cohort, output) == {"done": 6, "failed": 1}
+    assert states(cohort, output) == {"unchanged": 6, "failed": 1}
+
+
+def test_a_table_of_somebody_else_is_never_replaced(cohort: Path, output: Path) -> None:
+    output.mkdir()
+    (output / "copy.csv").write_text("mine")
+    with pytest.raises(InputError, match=r"copy.csv: already exists"):
+        copy(cohort, output)
+    assert not begun(output)
+
+
+def test_a_file_put_there_while_it_was_being_made_is_not_replaced(
+    cohort: Path, output: Path
+) -> None:
+    process = start(cohort, output, "local", "workers=1", "seconds=20")
+    while not begun(output):
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    mine = output / "c0/c0-t2w.nii.gz"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    told = copy(cohort, output)
+    assert told["c0"][0] == "failed"
+    assert mine.read_text() == "mine"
 
 
 def test_a_file_of_somebody_else_is_never_replaced(cohort: Path, output: Path) -> None:
@@ -259,13 +362,19 @@ def test_a_worker_that_dies_takes_nothing_with_it(cohort: Path, output: Path) ->
     assert begun(output)["c3"] == 2
 
 
-def test_a_case_that_kills_its_workers_is_given_up(cohort: Path, output: Path) -> None:
-    rows = script(cohort, output, "local", "kills=c3", "always=true")
-    by_case = {row["case"]: row for row in rows}
-    assert "died" in by_case.pop("c3")["message"]
-    # whoever was on the other worker both times may have been given up with it, no more
-    assert Counter(row["state"] for row in by_case.values())["done"] >= 4
-    assert Counter(row["state"] for row in script(cohort, output, "local"))["failed"] == 0
+def test_a_case_that_kills_its_workers_is_given_up_alone(cohort: Path, output: Path) -> None:
+    rows = script(cohort, output, "local", "kills=c3", "always=true", "seconds=0.2")
+    assert {row["case"]: row["state"] for row in rows if row["state"] != "done"} == {"c3": "failed"}
+    assert "died" in next(row["message"] for row in rows if row["case"] == "c3")
+    # one worker is this very process; the next run takes those that were in work apart from it
+    elsewhere = output.with_name("elsewhere")
+    words = ("local", "kills=c3", "always=true", "workers=1")
+    process = start(cohort, elsewhere, *words)
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    rows = script(cohort, elsewhere, *words)
+    failed = [row["case"] for row in rows if row["state"] == "failed"]
+    assert failed == ["c3"]
 
 
 def test_a_job_that_cannot_begin_says_why(cohort: Path, output: Path) -> None:
@@ -306,7 +415,7 @@ def test_ten_kills_at_random_moments(tmp_path: Path) -> None:
     assert made == {name: f"{text} 0" for name, text in acquired.items()}
     assert files(cohort) == acquired
     assert not [path for path in output.rglob("*") if path.name.startswith(".cwdm-")]
-    assert not list((output / ".cwdm/staging").glob("*"))
+    assert not list((output / ".cwdm/copy/staging").glob("*/*"))
 
 
 def test_workers_end_with_their_parent(cohort: Path, output: Path) -> None:

@@ -259,6 +259,92 @@ def test_options_that_do_not_fit_are_refused(cohort: Path, tmp_path: Path) -> No
         impute(tmp_path / "empty", tmp_path / "out")
 
 
+def test_an_image_whose_original_is_gone_is_never_lost(
+    cohort: Path, any_model: Path, tmp_path: Path
+) -> None:
+    job = Imputation(model=any_model, precision="fp32")
+    output = tmp_path / "out"
+    impute(cohort, output, job=job)
+    case = find_cases(cohort)[0]
+    original = case.images[Modality.T1N]
+    bytes_before = original.read_bytes()
+    original.unlink()  # the link in the output is now the only one
+    table = impute(cohort, output, job=job)
+    assert table["state"][0] == "failed"
+    assert "cannot make again" in table["message"][0]
+    assert (output / case.id / original.name).read_bytes() == bytes_before
+    shutil.rmtree(cohort / case.id)
+    (cohort / case.id).mkdir()  # and now it is no case at all
+    impute(cohort, output, job=job)
+    assert (output / case.id / original.name).read_bytes() == bytes_before
+
+
+def test_ct_beside_the_sequences_is_no_obstacle(
+    make_case: Any, any_model: Path, tmp_path: Path
+) -> None:
+    folder = make_case(endings=("-t1n", "-t1c", "-t2w", "-ct"))
+    for layout in ("brats", "nnunet", "bids", "brasyn"):
+        job = Imputation(layout=layout, model=any_model, precision="fp32")
+        assert list(impute(folder, tmp_path / layout, job=job)["state"]) == ["done"]
+    assert (tmp_path / "brats" / "x" / "x-ct.nii.gz").samefile(folder / "x-ct.nii.gz")
+
+
+def test_a_case_without_tumor_keeps_its_empty_segmentation(
+    make_case: Any, any_model: Path, tmp_path: Path
+) -> None:
+    folder = make_case(endings=("-t1n", "-t1c", "-t2w"))
+    like = read_volume(folder / "x-t1n.nii.gz")
+    empty = np.zeros(like.voxels.shape)
+    write_volume(empty, new_volume(empty, like.affine, np.uint8), folder / "x-seg.nii.gz", "cwdm x")
+    job = Imputation(layout="nnunet", model=any_model, precision="fp32")
+    assert list(impute(folder, tmp_path / "out", job=job)["state"]) == ["done"]
+    assert not read_labels(tmp_path / "out/labelsTr/x.nii.gz", like).any()
+
+
+def test_names_that_become_one_are_refused(make_case: Any, any_model: Path, tmp_path: Path) -> None:
+    for case_id in ("P_1", "P-1"):
+        make_case(f"both/{case_id}", case_id, ("-t1n", "-t1c", "-t2w"))
+    job = Imputation(layout="bids", model=any_model, precision="fp32")
+    table = impute(tmp_path / "both", tmp_path / "out", job=job)
+    assert sorted(table["state"]) == ["done", "failed"]
+    assert "would be that of case P-1" in " ".join(table["message"])
+
+
+def test_a_data_set_of_somebody_else_is_not_written_over(
+    cohort: Path, any_model: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / "out" / "dataset.json"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    job = Imputation(layout="nnunet", model=any_model, precision="fp32")
+    with pytest.raises(InputError, match=r"dataset.json: already exists"):
+        impute(cohort, tmp_path / "out", job=job)
+    assert mine.read_text() == "mine"
+
+
+def test_an_output_keeps_its_layout(cohort: Path, any_model: Path, tmp_path: Path) -> None:
+    job = Imputation(layout="bids", model=any_model, precision="fp32")
+    impute(cohort, tmp_path / "out", job=job)
+    with pytest.raises(InputError, match="found the layout bids"):
+        impute(cohort, tmp_path / "out", job=Imputation(model=any_model))
+
+
+def test_a_plan_survives_a_case_that_cannot_be_read(
+    cohort: Path, any_model: Path, tmp_path: Path
+) -> None:
+    bad = find_cases(cohort)[0].images[Modality.T1N]
+    bad.write_bytes(bad.read_bytes()[:-100])
+    planned = plan(Imputation(model=any_model), find(cohort), tmp_path / "out")
+    assert planned.images == 4
+    assert planned.seconds > 0
+
+
+def test_names_of_modalities_and_paths_may_be_text() -> None:
+    job = Imputation(replace=("flair",), model="model.safetensors")  # type: ignore[arg-type]
+    assert job.replace == (Modality.T2F,)
+    assert job.model == Path.cwd() / "model.safetensors"
+
+
 # --- forty cases, as people have them
 
 
@@ -294,7 +380,7 @@ def test_forty_cases_survive_ten_kills(simulated: Path, any_model: Path, tmp_pat
         time.sleep(rng.uniform(3, 9))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        for name in [path.stem for path in output.glob(".cwdm/outcomes/[!.]*.json")]:
+        for name in [path.stem for path in output.glob(".cwdm/impute/outcomes/[!.]*.json")]:
             status = (output / name / f"{name}-{gaps[name]}.nii.gz").stat()
             done.setdefault(name, (status.st_ino, status.st_mtime_ns))
     assert subprocess.run(words, capture_output=True).returncode == 0

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from gzip import decompress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -816,6 +817,20 @@ def test_a_program_that_takes_too_long_is_killed_with_its_children(
     assert not is_running(pid)
 
 
+def test_a_program_that_nobody_wants_any_more_is_killed(patient: Patient) -> None:
+    segmenter = load(
+        f"command:{sys.executable} -c 'import time; time.sleep(60)' {{input}}{{output}}"
+    )
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        segmenter(patient(), stop)
+    assert time.monotonic() - began < 30
+
+
 def test_nothing_of_a_command_is_left_to_a_shell(patient: Patient, tmp_path: Path) -> None:
     spec = f"command:echo {{input}} {{output}} ; touch {tmp_path}/made > {tmp_path}/made $HOME"
     with pytest.raises(InputError, match="left none, expected"):
@@ -966,6 +981,29 @@ def test_nnunet_gives_labels_of_brats(
     assert segmenter.channels == (T2F, T1C, T1N)
     assert (segmenter(patient("PIR", ending="")) == truth).all()
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("axes", ["LPS", "RAS", "PIR"])
+def test_nnunet_sees_images_as_brats_stores_them(
+    tmp_path: Path, patient: Patient, axes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("nnunetv2")
+    segmenter = load(nnunet(tmp_path / "results"), device="cpu")
+    seen = []
+
+    def look(
+        self: Any, case_id: str, images: dict[Modality, Path], output: Path, progress: Any
+    ) -> None:
+        seen.append(nib.Nifti1Image.from_bytes(decompress(images[T2F].read_bytes())))
+        zeros = nib.Nifti1Image(np.zeros(seen[0].shape, np.uint8), seen[0].affine)
+        zeros.to_filename(output / "x.nii.gz")
+
+    monkeypatch.setattr(type(segmenter), "run", look)
+    case = patient(axes)
+    segmenter(case)
+    assert nib.aff2axcodes(seen[0].affine) == ("L", "P", "S")
+    turned = canonical(case)[T2F][::-1, ::-1]
+    assert np.array_equal(seen[0].get_fdata(), turned)
 
 
 @pytest.mark.parametrize(
