@@ -308,6 +308,10 @@ def impute(
     if not isinstance(cohort, Found):
         apart(Path(cohort), output)
         cohort = find(Path(cohort))
+    for case in cohort.cases:  # of a table, they may be anywhere
+        for path in case.images.values():
+            if path.resolve().is_relative_to(output.resolve()):
+                raise InputError(f"{output}: found {path} in it, expected another folder")
     claim(output, *DESCRIPTIONS.get(job.layout, ()))
     found = _acquired_only(cohort, job.replace)
     for target in {each for case in due(job, found.cases, output) for each in job.targets(case)}:

@@ -295,8 +295,9 @@ def _default(spec: str, device: torch.device, precision: Precision) -> Network:
         # a region is only where those around it are, see `segnet.labels_of`
         return torch.from_numpy(np.minimum.accumulate(probabilities))
 
-    order = tuple(Region(name) for name in segnet.REGIONS)
-    descriptor = Descriptor(channels=SEQUENCES, spacing_mm=1, regions=order, activation="none")
+    descriptor = Descriptor(
+        channels=SEQUENCES, spacing_mm=1, regions=segnet.REGIONS, activation="none"
+    )
     return Network(spec, digest([path]), descriptor, scores, partial=True)
 
 

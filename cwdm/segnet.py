@@ -30,6 +30,7 @@ from cwdm.errors import InputError
 from cwdm.files import atomic_write
 from cwdm.modality import SEQUENCES, Modality
 from cwdm.preparation import Box
+from cwdm.segmentation import ET, NCR, Region, from_regions
 
 __all__ = [
     "REGIONS",
@@ -44,12 +45,11 @@ __all__ = [
     "segment",
 ]
 
-REGIONS = ("WT", "TC", "ET")
+REGIONS = tuple(Region)
 """In channel order; each lies inside the one before."""
 
 _OVERLAP = 0.25
 """Of neighboring windows."""
-_NCR, _ED, _ET = 1, 2, 3  # labels of BraTS 2023
 _FORMAT = "cwdm-segnet-1"
 _dice = DiceLoss(sigmoid=True, batch=True, smooth_nr=1, smooth_dr=1)
 
@@ -199,14 +199,14 @@ def labels_of(probabilities: NDArray[np.floating]) -> NDArray[np.uint8]:
 
     A region is where its probability and those of the regions around it are above a half.
     """
-    whole, core, enhancing = np.logical_and.accumulate(probabilities > 0.5)
-    return np.select([enhancing, core, whole], [_ET, _NCR, _ED]).astype(np.uint8)
+    masks = np.logical_and.accumulate(probabilities > 0.5)
+    return from_regions(dict(zip(REGIONS, masks, strict=True)))
 
 
 def regions_of(labels: Tensor) -> Tensor:
     """Labels (B, X, Y, Z) -> the regions (B, 3, X, Y, Z), float32 0 or 1."""
-    enhancing = labels == _ET
-    return torch.stack([labels > 0, enhancing | (labels == _NCR), enhancing], 1).float()
+    enhancing = labels == ET
+    return torch.stack([labels > 0, enhancing | (labels == NCR), enhancing], 1).float()
 
 
 def region_loss(logits: Tensor, labels: Tensor) -> Tensor:

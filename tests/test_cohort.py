@@ -163,6 +163,13 @@ def test_moving_the_cohort_changes_nothing(cohort: Path, output: Path, tmp_path:
     assert states(cohort.rename(tmp_path / "moved"), output) == {"unchanged": 6}
 
 
+def test_a_copy_of_the_output_is_as_good(cohort: Path, output: Path) -> None:
+    copy(cohort, output)
+    for path in output.glob("c?/*"):
+        os.utime(path, (1, 1))  # as a copy program may leave it
+    assert states(cohort, output) == {"unchanged": 6}
+
+
 def test_a_cohort_that_grows_goes_on(cohort: Path, output: Path) -> None:
     copy(cohort, output)
     path = cohort / "c9/c9-t1n.nii.gz"

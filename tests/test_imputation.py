@@ -242,6 +242,17 @@ def test_the_output_lies_apart(
     assert "expected another folder" in result.stderr
 
 
+def test_images_of_a_table_are_not_in_the_output(
+    cohort: Path, any_model: Path, tmp_path: Path
+) -> None:
+    case = find_cases(cohort)[0]
+    table = tmp_path / "table.csv"
+    table.write_text(f"id,t1n,t2w\nx,{case.images[Modality.T1N]},{case.images[Modality.T2W]}\n")
+    result = run("impute", "--input", table, "--output", cohort, "--model", any_model)
+    assert result.exit_code == 2
+    assert "expected another folder" in result.stderr
+
+
 def test_a_model_that_is_not_there_is_told_once(cohort: Path, tmp_path: Path) -> None:
     words = ["impute", "--input", cohort, "--output", tmp_path / "out", "--model", "no.safetensors"]
     result = run(*words)
