@@ -122,7 +122,7 @@ class _Worker:
             labels={1: "NCR", 2: "ED", self.job.enhancing: "ET"},
             volumes_ml=sizes,
             seconds=round(seconds, 3),
-            warnings=segmentation_warnings(synthetic, absent),
+            warnings=segmentation_warnings(synthetic, absent, partial=self.job.partial),
         )
         image = folder / self.job.outputs(case)[-1]
         stored = np.where(labels == ET, self.job.enhancing, labels).astype(np.uint8)

@@ -228,14 +228,23 @@ class SegmentationProvenance(Record):
 
 
 def segmentation_warnings(
-    synthetic: tuple[Modality, ...], absent: tuple[Modality, ...]
+    synthetic: tuple[Modality, ...], absent: tuple[Modality, ...], *, partial: bool = False
 ) -> tuple[str, ...]:
-    """What whoever uses a segmentation of such inputs has to know."""
+    """What whoever uses a segmentation of such inputs has to know.
+
+    Args:
+        partial: the segmenter would do without.
+    """
     warnings = []
     if synthetic:
         warnings.append(
             f"Segmented with a synthetic {', '.join(synthetic)}: expect less than with acquired "
             "images."
+        )
+    if synthetic and partial:
+        warnings.append(
+            "This segmenter copes with missing images, and mostly does better without than with "
+            "synthetic ones."
         )
     if absent:
         warnings.append(f"Segmented without {', '.join(absent)}: expect less than with all images.")

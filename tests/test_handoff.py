@@ -17,6 +17,7 @@ from cwdm.cli.main import cwdm as command
 from cwdm.handoff import Segmentation
 from cwdm.imputation import Imputation
 from cwdm.modality import SEQUENCES, Modality
+from cwdm.provenance import segmentation_warnings
 from cwdm.segmentation import regions
 from cwdm.volume import is_synthetic, read_labels, read_volume, read_volumes
 
@@ -194,3 +195,10 @@ def test_settings_change_with_what_changes_the_result(model: str, simulated: Pat
     job = Segmentation.of(model)
     assert job.settings(case) != Segmentation.of(model, enhancing=4).settings(case)
     assert job.settings(case) == Segmentation.of(model, timeout_s=5).settings(case)
+
+
+def test_who_copes_without_is_told_that_synthetic_images_rarely_help() -> None:
+    told = segmentation_warnings((Modality.T2W,), (), partial=True)
+    assert any("mostly does better without" in warning for warning in told)
+    assert not any("better without" in each for each in segmentation_warnings((Modality.T2W,), ()))
+    assert segmentation_warnings((), (), partial=True) == ()
