@@ -27,7 +27,7 @@ from cwdm.model import Model, build_denoiser, find_model, load_model
 from cwdm.noise import noise_stream
 from cwdm.preparation import FLIPS
 from cwdm.provenance import SampleProvenance, Source
-from cwdm.volume import Volume, is_synthetic, new_volume, write_volume
+from cwdm.volume import Volume, is_synthetic, new_volume, read_volume, write_volume
 
 __all__ = ["DEFAULT_MODEL", "Generator", "Sample", "foreground", "is_done", "sample_paths"]
 
@@ -309,7 +309,10 @@ def is_done(planned: SampleProvenance, folder: Path | str) -> bool:
             raise InputError(
                 f"{sidecar}: was made with {how}, expected another folder or --overwrite"
             )
-    return image.exists() and is_synthetic(image)
+    if not image.exists():
+        return False
+    read_volume(image)  # all of it is there
+    return is_synthetic(image)
 
 
 def _seed(seed: int, number: int) -> int:

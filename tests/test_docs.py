@@ -56,7 +56,7 @@ class Block(NamedTuple):
 
 
 def blocks(document: Path) -> Iterator[Block]:
-    text = document.read_text()
+    text = document.read_text("utf-8")
     for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         line = text.count("\n", 0, match.start()) + 1
         yield Block(match[1], match[2], f"{document.name}, line {line}")
@@ -64,7 +64,7 @@ def blocks(document: Path) -> Iterator[Block]:
 
 def prose(document: Path) -> str:
     """The document without its blocks."""
-    return re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"^```.*?^```$", "", document.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def commands(text: str) -> list[str]:
 
 @pytest.mark.parametrize("document", EXECUTED, ids=lambda document: document.name)
 def test_every_block_says_what_it_is(document: Path) -> None:
-    assert document.read_text().count("```") == 2 * len(list(blocks(document)))
+    assert document.read_text("utf-8").count("```") == 2 * len(list(blocks(document)))
     for block in blocks(document):
         assert block.language in LANGUAGES, block.where
 
@@ -238,13 +238,13 @@ def test_the_example_of_a_record_has_the_fields_of_a_record() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_a_guide_that_the_readme_links_to(name: str) -> None:
-    assert f"(docs/{GUIDES[name].name})" in (ROOT / "README.md").read_text()
-    assert f"cwdm {name} --" in GUIDES[name].read_text()
+    assert f"(docs/{GUIDES[name].name})" in (ROOT / "README.md").read_text("utf-8")
+    assert f"cwdm {name} --" in GUIDES[name].read_text("utf-8")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_is_in_the_guide_of_its_command(name: str) -> None:
-    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", GUIDES[name].read_text()))
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", GUIDES[name].read_text("utf-8")))
     assert options(name) <= mentioned
 
 
@@ -252,7 +252,7 @@ def test_every_option_is_in_the_guide_of_its_command(name: str) -> None:
 def test_no_document_names_an_option_that_does_not_exist(document: Path) -> None:
     everything = {"--debug", "--help", "--version"}.union(*map(options, COMMANDS))
     launchers = r"^(accelerate launch|torchrun) .* -m cwdm\.cli"  # with options of their own
-    text = re.sub(launchers, "cwdm", document.read_text(), flags=re.MULTILINE)
+    text = re.sub(launchers, "cwdm", document.read_text("utf-8"), flags=re.MULTILINE)
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) <= everything
 
 
@@ -266,21 +266,21 @@ def options(name: str) -> set[str]:
 
 
 def test_every_name_of_a_modality_is_in_the_guide() -> None:
-    text = GUIDES["synthesize"].read_text()
+    text = GUIDES["synthesize"].read_text("utf-8")
     for alias in (alias for sequence in SEQUENCES for alias in ALIASES[sequence]):
         assert f"`{alias}`" in text
 
 
 @pytest.mark.parametrize("document", LINKING, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(document: Path) -> None:
-    for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+    for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text("utf-8")):
         path, _, anchor = link.partition("#")
         if re.match(r"[a-z]+:", path):  # another site
             continue
         target = document.parent / path if path else document
         assert target.exists(), f"{document.name}: {link}"
         if anchor:
-            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            titles = re.findall(r"^#+ (.*)$", target.read_text("utf-8"), re.MULTILINE)
             anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
             assert anchor in anchors, f"{document.name}: {link}"
 
@@ -308,7 +308,7 @@ def toml(value: Any) -> str:
 
 @pytest.mark.parametrize(("section", "key", "default"), list(settings(Config)))
 def test_every_setting_is_in_the_guide_to_training(section: str, key: str, default: str) -> None:
-    text = GUIDES["train"].read_text()
+    text = GUIDES["train"].read_text("utf-8")
     if section:
         assert f"`[{section}]`" in text
         text = text.split(f"`[{section}]`", 1)[1]
