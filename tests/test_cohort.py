@@ -218,7 +218,7 @@ def test_workers_of_an_earlier_run_stop(cohort: Path, output: Path) -> None:
             (output / ".cwdm/copy/run").write_text("another run")
 
     cases = find(cohort)
-    job = Copying(log=f"{output}.log", seconds=0.2)
+    job = Copying(log=f"{output}.log", seconds=1)
     with pytest.raises(InputError, match="workers die before they begin"):
         run(job, cases, output, Local(1, "cpu"), begin_anew)
     done = finished(output)
@@ -351,7 +351,7 @@ def test_an_interruption_ends_soon_and_the_rest_is_done_later(cohort: Path, outp
         if tally.done:
             raise KeyboardInterrupt
 
-    job = Copying(log=f"{output}.log", seconds=0.5)
+    job = Copying(log=f"{output}.log", seconds=1)
     with pytest.raises(KeyboardInterrupt):
         run(job, find(cohort), output, Local(1, "cpu"), interrupt)
     done = finished(output)
