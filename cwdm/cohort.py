@@ -218,9 +218,7 @@ def _plan(
     }
 
     def refuse(name: str, message: str) -> None:
-        known = entry_of.get(name)
-        outputs = known.outputs if known else {}
-        entries.append(Entry(case=name, state="failed", message=message, outputs=outputs))
+        entries.append(_failed(name, message, entry_of.get(name)))
 
     for problem, name in zip(found.problems, _problem_names(found), strict=True):
         refuse(name, problem.message)
@@ -245,6 +243,12 @@ def _plan(
         inputs = known.inputs if known else {}
         entries.append(Entry(case=case.id, state="running", outputs=outputs, inputs=inputs))
     return tasks, entries
+
+
+def _failed(case: str, message: str, known: Entry | None) -> Entry:
+    """A failure, which remembers what lies in the output and from what it was made."""
+    known = known or Entry(case=case, state="failed")
+    return replace(known, state="failed", message=message, notes={}, seconds=0.0)
 
 
 def _problem_names(found: Found) -> list[str]:
@@ -340,8 +344,7 @@ def _work(
             suspects.add(name)
             if alone:
                 message = f"case {name}: the process that worked on it died, perhaps for memory"
-                outputs = known.outputs if known else {}
-                ledger.put([Entry(case=name, state="failed", message=message, outputs=outputs)])
+                ledger.put([_failed(name, message, known)])
                 del waiting[name]
                 counts["failed"] += 1
         barren = 0 if begun else barren + 1
@@ -425,7 +428,7 @@ class _Bench:
             known = task.known.outputs if task.known else {}
             left = self._clear({**known, **outputs}, lost=self._lost(task, None))
             message = " ".join(message.split())
-            entry = Entry(case=case.id, state="failed", message=message, outputs=left)
+            entry = replace(_failed(case.id, message, task.known), outputs=left)
         self.place.leave(replace(entry, seconds=time.perf_counter() - began))
         shutil.rmtree(staging, ignore_errors=True)
 

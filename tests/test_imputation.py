@@ -280,10 +280,11 @@ def test_an_image_whose_original_is_gone_is_never_lost(
     original = case.images[Modality.T1N]
     bytes_before = original.read_bytes()
     original.unlink()  # the link in the output is now the only one
-    table = impute(cohort, output, job=job)
-    assert table["state"][0] == "failed"
-    assert "cannot make again" in table["message"][0]
-    assert (output / case.id / original.name).read_bytes() == bytes_before
+    for _ in range(3):  # a failure forgets nothing
+        table = impute(cohort, output, job=job)
+        assert table["state"][0] == "failed"
+        assert "cannot make again" in table["message"][0]
+        assert (output / case.id / original.name).read_bytes() == bytes_before
     shutil.rmtree(cohort / case.id)
     (cohort / case.id).mkdir()  # and now it is no case at all
     impute(cohort, output, job=job)
