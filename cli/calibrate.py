@@ -8,11 +8,8 @@ import click
 from . import options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from cwdm.case import Case
-    from cwdm.synthesis import Synthesis
-    from cwdm.uncertainty import HeldOut, Scores
+    from cwdm.engine import Precision
+    from cwdm.uncertainty import HeldOut
 
 
 @click.command()
@@ -67,7 +64,7 @@ def calibrate(
     sampler: str | None,
     seed: int,
     device: str,
-    precision: str,
+    precision: "Precision",
     overwrite: bool,
 ) -> None:
     """Measure how far a model's samples lie from the truth, and store it with the model.
@@ -81,19 +78,16 @@ def calibrate(
     """
     import json
     from dataclasses import asdict
-    from datetime import UTC, datetime
 
-    import numpy as np
     from tqdm import tqdm
 
-    from cwdm.case import find_cases
+    from cwdm.calibration import calibrate as measure
+    from cwdm.calibration import calibration_cases
     from cwdm.errors import InputError
     from cwdm.files import atomic_write, check_target
-    from cwdm.modality import SEQUENCES, parse_modality
+    from cwdm.modality import parse_modality
     from cwdm.model import find_model, load_model, save_calibrated
     from cwdm.synthesis import Synthesizer
-    from cwdm.uncertainty import FLOOR, Calibration, conformal_quantile, leave_one_out
-    from cwdm.volume import acquired
 
     if output.suffix != ".safetensors":
         raise InputError(f"{output}: expected a name that ends in .safetensors")
@@ -104,69 +98,32 @@ def calibrate(
     if model.path.suffix != output.suffix:
         raise InputError(f"{name}: a checkpoint holds no calibration, expected cwdm models convert")
     synthesizers = [
-        Synthesizer(model, target, device=device, precision=precision)  # type: ignore[arg-type]
+        Synthesizer(model, target, device=device, precision=precision)
         for target in [parse_modality(each) for each in names] or model.config.targets
     ]
-    cases = [case for case in map(acquired, find_cases(root)) if set(SEQUENCES) <= set(case.images)]
-    if len(cases) < 2:
-        raise InputError(f"{root}: found {len(cases)} complete cases, expected at least 2")
+    cases = calibration_cases(root)
     calibrations, report = dict(model.calibration), {}
     for synthesizer in synthesizers:
-        target, scores = synthesizer.target, []
+        target = synthesizer.target
         with tqdm(total=len(cases) * samples, desc=target, unit="sample", disable=None) as bar:
-            for case in cases:
-                synthesis = synthesizer(
-                    case.without(target),
-                    seed=seed,
-                    samples=samples,
-                    steps=steps,
-                    sampler=sampler,
-                    progress=_shown(bar.update, samples),
-                )
-                scores.append(_scored(synthesis, case))
-        made = synthesis.provenance
-        rows = leave_one_out(scores, coverage)
-        calibrations[target] = Calibration(
-            coverage=coverage,
-            q=conformal_quantile(np.concatenate([each.brain for each in scores]), coverage),
-            floor=FLOOR,
-            samples=samples,
-            sampler=made.sampler,
-            steps=made.steps,
-            cases=len(cases),
-            date=datetime.now(UTC).date().isoformat(),
-            held_out=tuple(row.coverage for row in rows),
-        )
-        report[target] = asdict(calibrations[target]) | {"left_out": [asdict(row) for row in rows]}
-        click.echo(_table(target, calibrations[target].q, rows))
+            calibration, rows = measure(
+                synthesizer,
+                cases,
+                samples=samples,
+                coverage=coverage,
+                seed=seed,
+                steps=steps,
+                sampler=sampler,
+                progress=bar.update,
+            )
+        calibrations[target] = calibration
+        report[target] = asdict(calibration) | {"left_out": [asdict(row) for row in rows]}
+        click.echo(_table(target, calibration.q, rows))
     save_calibrated(model.path, calibrations, output, overwrite=overwrite)
     with atomic_write(figures, overwrite) as temporary:
         written = {"model": model.config.name, "weights_from": model.sha256, "targets": report}
         temporary.write_text(json.dumps(written, indent=2) + "\n")
     click.echo(f"{output}\n{figures}")
-
-
-def _scored(synthesis: "Synthesis", case: "Case") -> "Scores":
-    """The samples of a withheld image against what was acquired."""
-    from cwdm.uncertainty import Scores
-    from cwdm.volume import brain_mask, read_labels, read_volumes
-
-    target, maps = synthesis.provenance.target, synthesis.uncertainty
-    assert maps is not None
-    truth = read_volumes(case, [target])[target]
-    tumor = read_labels(case.segmentation, truth) > 0 if case.segmentation else None
-    brain = brain_mask(truth) & maps.brain
-    return Scores.of(case.id, synthesis.volume.voxels, maps.std, truth.voxels, brain, tumor)
-
-
-def _shown(update: "Callable[[int], object]", samples: int) -> "Callable[[int, int], None]":
-    """One step of the bar for each sample that is complete."""
-
-    def show(done: int, total: int) -> None:
-        if done % (total // samples) == 0:
-            update(1)
-
-    return show
 
 
 def _table(target: str, q: float, rows: "list[HeldOut]") -> str:

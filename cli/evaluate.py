@@ -1,7 +1,7 @@
 """`cwdm evaluate`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,9 +26,12 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option("--truth", required=True, type=FOLDER, help="Complete cases, at or below a folder.")
 @click.option(
     "--pred",
+    "folders",
+    multiple=True,
     type=FOLDER,
-    help="Predictions to judge, named <id>-<modality>.nii.gz, anywhere below a folder. "
-    "Without it the images are synthesized, each from the other three modalities.",
+    help="Predictions to judge, named <id>-<modality>.nii.gz, anywhere below a folder; repeatable, "
+    "others are tested against the first. Without it the images are synthesized, each from the "
+    "other three modalities.",
 )
 @click.option(
     "--fit",
@@ -59,32 +62,54 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 )
 @click.option("--modality", "names", multiple=True, help="Judge only this modality; repeatable.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--name", default="cwdm", show_default=True, help="Of what is judged, in the tables.")
+@click.option(
+    "--name",
+    "methods",
+    multiple=True,
+    help="Of what is judged, in the tables; once for each --pred. [default: cwdm, or the folders]",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Synthesize the mean of several, and judge their interval, too.",
+)
 @click.option("--pictures", is_flag=True, help="Draw <id>-<modality>.png for every image too.")
+@options.steps
+@options.sampler
+@options.seed
 @options.device
 @options.precision
-@options.seed
 @options.overwrite
 def evaluate(
     truth: Path,
-    pred: Path | None,
+    folders: tuple[Path, ...],
     fit: Path | None,
     seg: Path | None,
     protocol: "ProtocolName",
     models: tuple[Path, ...],
     names: tuple[str, ...],
     output: Path,
-    name: str,
+    methods: tuple[str, ...],
+    samples: int,
     pictures: bool,
+    steps: int | tuple[int, ...] | None,
+    sampler: str | None,
+    seed: int,
     device: str,
     precision: "Precision",
-    seed: int,
     overwrite: bool,
 ) -> None:
-    """Compare a model with simpler predictions on held-out cases.
+    """Compare a model with simpler predictions on held-out cases, or several with each other.
 
     Each modality of each complete case is withheld and predicted. Writes metrics.csv (one row per
-    image, method and region), summary.csv, summary.json and summary.md, and prints the table.
+    image, method and region), summary.csv, tests.csv, summary.json and summary.md, and prints the
+    table; what was synthesized goes to predictions/. cwdm report makes a page of it.
+
+    \b
+    cwdm evaluate --truth held-out/ --output evaluation/
+    cwdm evaluate --truth held-out/ --pred first/ --pred second/ --output both/
     """
     from tqdm import tqdm
 
@@ -92,26 +117,29 @@ def evaluate(
     from cwdm.errors import InputError
     from cwdm.evaluate import (
         FILES,
+        RELIABILITY_FILE,
         Predictions,
         compare,
         complete_cases,
+        contests,
+        images,
         markdown,
         picture,
         summarize,
         tabulate,
+        trust,
         verdicts,
         with_segmentations,
         write_tables,
     )
+    from cwdm.files import check_target
     from cwdm.modality import parse_modality
     from cwdm.montage import write_png
     from cwdm.protocols import PROTOCOLS
 
-    there = [output / file for file in FILES if (output / file).exists()]
-    if there and not overwrite:
-        raise InputError(f"{there[0]}: already exists, expected a new folder or --overwrite")
-    if pred is not None and models:
-        raise InputError("found both --pred and --model, expected one of them")
+    for file in (*FILES, RELIABILITY_FILE):
+        check_target(output / file, overwrite)
+    judged = _names(methods, folders)
     found = find_cases(truth)
     cases = complete_cases(found)
     if len(cases) < len(found):
@@ -119,18 +147,34 @@ def evaluate(
     if seg is not None:
         cases = with_segmentations(cases, seg)
     targets = [parse_modality(each) for each in names]
-    notes: dict[str, object] = {"method": name}
-    if pred is not None:
-        predictions = Predictions.find(pred, cases)
-        targets = targets or list(predictions.targets)
-        predictions.require(cases, targets)
-        predict: Predict = predictions
+    notes: dict[str, object] = {"truth": str(truth)}
+    predict: dict[str, Predict]
+    if folders:
+        if models or samples > 1 or steps or sampler:
+            raise InputError(
+                "found --pred and what is for synthesis (--model, --samples, --steps, --sampler), "
+                "expected one of them"
+            )
+        predictions = {
+            name: Predictions.find(folder, cases)
+            for name, folder in zip(judged, folders, strict=True)
+        }
+        there = [each.targets for each in predictions.values()]
+        targets = targets or [target for target in there[0] if all(target in t for t in there)]
+        for each in predictions.values():
+            each.require(cases, targets)
+        predict = dict(predictions)
+        notes["predictions"] = {
+            name: str(folder) for name, folder in zip(judged, folders, strict=True)
+        }
     else:
         synthesizers = _synthesizers(models, targets, device, precision)
         targets = list(synthesizers)
-        predict = _predict_with(synthesizers, seed)
+        synthesized = output / "predictions"
+        chain = {"seed": seed, "samples": samples, "steps": steps, "sampler": sampler}
+        predict = {judged[0]: _predict_with(synthesizers, synthesized, overwrite, chain)}
         digests = {target: each.model.sha256 for target, each in synthesizers.items()}
-        notes |= {"models": digests, "seed": seed}
+        notes |= {"models": digests, **chain}
     regressions: list[VoxelRegression] = []
     if fit is not None:
         fit_cases = complete_cases(find_cases(fit))
@@ -138,7 +182,7 @@ def evaluate(
         notes["floors fitted on"] = [case.id for case in fit_cases]
     else:
         click.echo("Without --fit the only floors are blank images and copies.", err=True)
-    scores = []
+    scores, reliabilities = [], []
     with tqdm(total=len(cases) * len(targets), unit="image", disable=None) as bar:
         for case in cases:
             bar.set_description(case.id)
@@ -147,19 +191,41 @@ def evaluate(
                 predict,
                 targets=targets,
                 regressions=regressions,
-                name=name,
                 protocol=PROTOCOLS[protocol],
             ):
                 scores += comparison.scores
+                reliabilities += comparison.reliabilities
                 if pictures:
-                    file = output / f"{case.id}-{comparison.target}.png"
-                    write_png(picture(comparison), file, overwrite=overwrite)
+                    drawn = output / f"{case.id}-{comparison.target}.png"
+                    write_png(picture(comparison), drawn, overwrite=overwrite)
                 bar.update()
-    table = tabulate(scores)
-    write_tables(table, output, notes=notes, overwrite=overwrite)
+    if not folders:
+        predictions = {judged[0]: Predictions.find(synthesized, cases)}
+    table, maps = tabulate(scores), tabulate(reliabilities)
+    write_tables(
+        table,
+        output,
+        notes={**notes, "images": images(cases, predictions, output)},
+        reliabilities=maps,
+        overwrite=overwrite,
+    )
     summary = summarize(table)
+    lines = [*verdicts(summary), *contests(table), *trust(maps)]
     text = PROTOCOLS[protocol].text
-    click.echo("\n".join([text, "", markdown(summary), *verdicts(summary), f"Written to {output}"]))
+    click.echo("\n".join([text, "", markdown(summary), *lines, f"Written to {output}"]))
+
+
+def _names(given: "Sequence[str]", folders: "Sequence[Path]") -> list[str]:
+    """One for each folder of predictions, or for what is synthesized."""
+    from cwdm.errors import InputError
+
+    count = max(len(folders), 1)
+    if given and len(given) != count:
+        raise InputError(f"found {len(given)} times --name, expected it {count} times, or not")
+    names = list(given) or ([str(folder) for folder in folders] if count > 1 else ["cwdm"])
+    if len(set(names)) < count:
+        raise InputError(f"{names[0]}: judged twice, expected different --pred and --name")
+    return names
 
 
 def _synthesizers(
@@ -192,9 +258,21 @@ def _synthesizers(
     }
 
 
-def _predict_with(synthesizers: "dict[Modality, Synthesizer]", seed: int) -> "Predict":
-    """Predictions by synthesis, every case with the same seed."""
-    return lambda case, target: synthesizers[target](case, seed=seed).volume.voxels
+def _predict_with(
+    synthesizers: "dict[Modality, Synthesizer]",
+    folder: Path,
+    overwrite: bool,
+    chain: dict[str, Any],
+) -> "Predict":
+    """Predictions by synthesis, written into a folder, every case with the same seed."""
+    from cwdm.evaluate import Prediction
+
+    def predict(case: "Case", target: "Modality") -> Prediction:
+        synthesis = synthesizers[target](case, **chain)
+        synthesis.write(folder, overwrite=overwrite)
+        return Prediction.of(synthesis)
+
+    return predict
 
 
 def _regressions(

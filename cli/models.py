@@ -201,6 +201,7 @@ def _record(model: Model) -> dict[str, Any]:
         "config": model.config.as_dict(),
         "priors": {target: asdict(prior) for target, prior in model.priors.items()},
         "priors_assumed": _assumed(model),
+        "calibration": {target: asdict(each) for target, each in model.calibration.items()},
     }
 
 
@@ -272,4 +273,13 @@ def _words(model: Model) -> list[tuple[str, str]]:
             f"{size}",
         ),
         ("scales", scales),
+        *(
+            (
+                "interval",
+                f"{target}: calibrated for {each.coverage:.0%} on {each.cases} cases, "
+                f"{each.samples} samples by {each.sampler}, steps {each.steps}; held "
+                f"{min(each.held_out):.0%} to {max(each.held_out):.0%} in cases left out",
+            )
+            for target, each in model.calibration.items()
+        ),
     ]

@@ -55,10 +55,10 @@ def overlap(
         FILES,
         PROTOCOL,
         compare_case,
+        differences,
         find_segmentations,
         summarize,
         tabulate,
-        wilcoxon,
         write_tables,
     )
 
@@ -81,7 +81,7 @@ def overlap(
             rows += compare_case(case, paths[case.id], method=method)
     table = tabulate(rows)
     write_tables(table, output, notes={"truth": str(truth)}, seed=seed, overwrite=overwrite)
-    lines = [*_means(summarize(table, seed=seed)), *_tests(wilcoxon(table))]
+    lines = [*_means(summarize(table, seed=seed)), *_tests(differences(table))]
     click.echo("\n".join([*lines, "", PROTOCOL, f"Written to {output}"]))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import pandas as pd
@@ -34,24 +34,37 @@ from cwdm.floors import (
 from cwdm.modality import SEQUENCES, Modality, others
 from cwdm.montage import montage, voxel_size_mm
 from cwdm.protocols import FIGURES, PROTOCOLS, REGIONS, Protocol
+from cwdm.provenance import read_interval
 from cwdm.segmentation import Labels, brats_labels
-from cwdm.volume import Volume, brain_mask, read_labels, read_volumes
+from cwdm.significance import METHODS, intervals, paired
+from cwdm.uncertainty import Uncertainty, agreement, in_units_of
+from cwdm.volume import Volume, acquired, brain_mask, read_labels, read_volumes
+
+if TYPE_CHECKING:
+    from cwdm.synthesis import Synthesis  # loads torch, which no comparison needs
 
 __all__ = [
     "FILES",
     "Comparison",
     "Predict",
+    "Prediction",
     "Predictions",
+    "Reliability",
     "Score",
     "compare",
     "complete_cases",
+    "contests",
+    "differences",
     "draw_sample",
     "evaluate",
     "fit_regressions",
+    "images",
     "markdown",
     "picture",
+    "reliability",
     "summarize",
     "tabulate",
+    "trust",
     "verdicts",
     "with_segmentations",
     "write_tables",
@@ -60,11 +73,32 @@ __all__ = [
 Voxels = NDArray[np.floating]
 Mask = NDArray[np.bool_]
 
-Predict = Callable[[Case, Modality], Voxels]
-"""(a case without the target, the target) -> (X, Y, Z) in canonical orientation."""
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """A predicted image."""
+
+    voxels: Voxels
+    """(X, Y, Z) in canonical orientation."""
+    uncertainty: Uncertainty | None = None
+    """Of several samples."""
+    calibrated: bool = False
+    """Whether the interval is."""
+
+    @classmethod
+    def of(cls, synthesis: Synthesis) -> Self:
+        """What was synthesized."""
+        interval = synthesis.provenance.interval
+        calibrated = interval is not None and interval.calibrated
+        return cls(synthesis.volume.voxels, synthesis.uncertainty, calibrated)
+
+
+Predict = Callable[[Case, Modality], Prediction]
+"""(a case without the target, the target) -> its prediction."""
 
 ALIGNED = PROTOCOLS["aligned"]
-FILES = ("metrics.csv", "summary.csv", "summary.json", "summary.md")
+FILES = ("metrics.csv", "summary.csv", "tests.csv", "summary.json", "summary.md")
+RELIABILITY_FILE = "uncertainty.csv"
 LOWER_IS_BETTER = {"mae", "mse"}
 SHOWN_FIGURES = ("psnr", "ssim", "mae")
 SHOWN_REGIONS = ("brain", "WT", "ET")
@@ -101,6 +135,26 @@ class Score:
     ncc: float
 
 
+@dataclass(frozen=True)
+class Reliability:
+    """What the interval and the deviation of a prediction of several samples are worth there."""
+
+    case: str
+    modality: str
+    method: str
+    region: str
+    """As of a `Score`, but never the background."""
+    promised: float
+    """Share of the brain that the interval was to hold."""
+    covered: float
+    """Share of the region that it holds."""
+    agreement: float
+    """Spearman's correlation of standard deviation and |error|."""
+    wide: float
+    """Share where the interval says no more than that it is brain."""
+    calibrated: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Comparison:
     """One withheld image: what was predicted, what was acquired, and how near they are."""
@@ -108,8 +162,9 @@ class Comparison:
     case: Case
     target: Modality
     scores: list[Score]
-    predicted: Voxels | None
-    """(X, Y, Z) by the model; None where only floors were asked for."""
+    reliabilities: list[Reliability]
+    predictions: Mapping[str, Prediction]
+    """By method; none where only floors were asked for."""
     volumes: Mapping[Modality, Volume]
     """All acquired images, the truth among them."""
     tumor: Mask | None
@@ -117,28 +172,27 @@ class Comparison:
 
 def evaluate(
     cases: Iterable[Case],
-    predict: Predict | None,
+    methods: Mapping[str, Predict],
     *,
     targets: Sequence[Modality] = SEQUENCES,
     regressions: Sequence[VoxelRegression] = (),
-    name: str = "cwdm",
     protocol: Protocol = ALIGNED,
 ) -> pd.DataFrame:
     """Withhold each target of each case, predict it, and compare. One row per `Score`.
 
     Args:
         cases: complete ones, see `complete_cases`.
-        predict: the model to judge, called with the case without the target; None for floors alone.
+        methods: the models to judge by the name they get in the table, each called with the case
+            without the target; none for floors alone. Others are compared with the first.
         regressions: fitted floors, see `fit_regressions`. The others need no fit and are always
             there.
-        name: the model's name in the table.
         protocol: how predictions are compared with the truth.
     """
     comparisons = (
         comparison
         for case in cases
         for comparison in compare(
-            case, predict, targets=targets, regressions=regressions, name=name, protocol=protocol
+            case, methods, targets=targets, regressions=regressions, protocol=protocol
         )
     )
     return tabulate(score for comparison in comparisons for score in comparison.scores)
@@ -146,18 +200,17 @@ def evaluate(
 
 def compare(
     case: Case,
-    predict: Predict | None,
+    methods: Mapping[str, Predict],
     *,
     targets: Sequence[Modality] = SEQUENCES,
     regressions: Sequence[VoxelRegression] = (),
-    name: str = "cwdm",
     protocol: Protocol = ALIGNED,
 ) -> Iterator[Comparison]:
     """As `evaluate`, for one case, one target at a time, so that a caller can show progress.
 
     Raises:
-        InputError: a modality is absent or unreadable, a prediction lies on another grid, or the
-            segmentation has other labels than those of BraTS.
+        InputError: a modality is absent or unreadable, a prediction lies on another grid or is the
+            truth, or the segmentation has other labels than those of BraTS.
     """
     volumes = read_volumes(case, SEQUENCES)
     labels: Labels | None = None
@@ -169,26 +222,76 @@ def compare(
     for target in targets:
         truth = volumes[target]
         brain = brain_mask(truth)
-        predicted = None
-        if predict is not None:
-            predicted = predict(case.without(target), target)
-            _check(predicted, truth, f"{name}: {target} of case {case.id}")
-        images = chain(
-            [] if predicted is None else [(name, "model", predicted)],
+        predictions = {
+            name: predict(case.without(target), target) for name, predict in methods.items()
+        }
+        for name, prediction in predictions.items():
+            _check(prediction.voxels, truth, f"{name}: {target} of case {case.id}")
+        candidates = chain(
+            ((name, "model", prediction.voxels) for name, prediction in predictions.items()),
             _floors(volumes, features, regressions, target),
             _spoilt(truth, tumor),
         )
         scores = [
             Score(case.id, target.value, method, kind, protocol.name, region, size, **figures)
-            for method, kind, image in images
+            for method, kind, image in candidates
             for region, size, figures in protocol.figures(image, truth.voxels, brain, labels)
         ]
-        yield Comparison(case, target, scores, predicted, volumes, tumor)
+        reliabilities = [
+            row
+            for name, prediction in predictions.items()
+            for row in reliability(prediction, truth.voxels, brain, labels, case.id, target, name)
+        ]
+        yield Comparison(case, target, scores, reliabilities, predictions, volumes, tumor)
+
+
+def reliability(
+    prediction: Prediction,
+    truth: Voxels,
+    brain: Mask,
+    labels: Labels | None = None,
+    case: str = "",
+    target: Modality = SEQUENCES[0],
+    method: str = "",
+) -> list[Reliability]:
+    """A row per region of the brain; none if the prediction has no interval.
+
+    Where no line brings the truth (X, Y, Z) into the units of the prediction, because that does not
+    rise with it, nothing is covered.
+    """
+    maps = prediction.uncertainty
+    if maps is None:
+        return []
+    inside = brain & maps.brain
+    fitted = in_units_of(prediction.voxels, truth, inside)
+    rows = []
+    for region, mask in ALIGNED.masks(inside, labels).items():
+        if region == "cuboid" or not mask.any():
+            continue
+        covered, agrees = 0.0, None
+        if fitted is not None:
+            there = fitted[mask]
+            covered = float(np.mean((maps.low[mask] <= there) & (there <= maps.high[mask])))
+            agrees = agreement(maps.std[mask], np.abs(there - prediction.voxels[mask]))
+        rows.append(
+            Reliability(
+                case,
+                target.value,
+                method,
+                region,
+                maps.coverage,
+                covered,
+                math.nan if agrees is None else agrees,
+                float(maps.wide[mask].mean()),
+                prediction.calibrated,
+            )
+        )
+    return rows
 
 
 def complete_cases(cases: Iterable[Case]) -> list[Case]:
-    """Those that have all four modalities; InputError if there is none."""
-    complete = [case for case in cases if not case.missing]
+    """Those that have all four modalities, acquired ones; InputError if there is none."""
+    complete = [case for case in map(acquired, cases) if not case.missing]
     if not complete:
         raise InputError(f"found no case with all of {', '.join(SEQUENCES)}, expected at least one")
     return complete
@@ -287,23 +390,78 @@ class Predictions:
                 f"such as {absent[0][0]}-{absent[0][1]}.nii.gz, expected all"
             )
 
-    def __call__(self, case: Case, target: Modality) -> Voxels:
-        """Read one; InputError if it lies on another grid than the case. KeyError if not there."""
-        filled = replace(case, images={**case.images, target: self.paths[case.id, target]})
-        return read_volumes(filled, [next(iter(case.images)), target])[target].voxels
+    def __call__(self, case: Case, target: Modality) -> Prediction:
+        """Read one, with the maps of several samples that its record names.
+
+        Raises:
+            InputError: it, or a map, lies on another grid than the case, or cannot be read.
+            KeyError: it is not there.
+        """
+        path = self.paths[case.id, target]
+        like = next(iter(case.images))
+
+        def read(image: Path) -> Voxels:
+            filled = replace(case, images={**case.images, target: image})
+            return read_volumes(filled, [like, target])[target].voxels
+
+        voxels, interval = read(path), read_interval(path)
+        if interval is None:
+            return Prediction(voxels)
+        std, low, high = (
+            read(path.with_name(interval.files[kind])) for kind in ("std", "low", "high")
+        )
+        uncertainty = Uncertainty.within(voxels, std, low, high, coverage=interval.coverage)
+        return Prediction(voxels, uncertainty, interval.calibrated)
 
 
-def tabulate(scores: Iterable[Score]) -> pd.DataFrame:
-    """One row per score; the columns are its fields."""
-    return pd.DataFrame([asdict(score) for score in scores], columns=list(Score.__annotations__))
+def images(
+    cases: Iterable[Case], predictions: Mapping[str, Predictions], folder: Path
+) -> list[dict[str, object]]:
+    """Where the images of each case are, for whoever wants to look at them.
+
+    Args:
+        predictions: by method.
+        folder: paths in it are relative to it, all others absolute.
+    """
+
+    def place(path: Path) -> str:
+        path, base = path.absolute(), folder.absolute()
+        return str(path.relative_to(base) if path.is_relative_to(base) else path)
+
+    return [
+        {
+            "case": case.id,
+            "acquired": {modality: place(path) for modality, path in case.images.items()},
+            "segmentation": place(case.segmentation) if case.segmentation else None,
+            "predictions": {
+                method: {
+                    m: place(path) for (name, m), path in found.paths.items() if name == case.id
+                }
+                for method, found in predictions.items()
+            },
+        }
+        for case in cases
+    ]
+
+
+def tabulate(rows: Iterable[Score] | Iterable[Reliability]) -> pd.DataFrame:
+    """One row each; the columns are their fields."""
+    return pd.DataFrame([asdict(row) for row in rows])
 
 
 def summarize(table: pd.DataFrame) -> pd.DataFrame:
-    """Means over cases, a row per modality, region and method: the model first, then the best."""
+    """Means over cases, a row per modality, region and method: the models first, then the best.
+
+    `<figure>_low` and `<figure>_high` are the interval of the mean, see `significance.intervals`.
+    """
     keys = ["modality", "region", "kind", "method"]
-    means = table.groupby(keys, sort=False).agg(
+    groups = table.groupby(keys, sort=False)
+    means = groups.agg(
         cases=("case", "nunique"), **{figure: (figure, "mean") for figure in FIGURES}
     )
+    bounds = np.array([intervals(rows[list(FIGURES)]) for _, rows in groups])
+    for number, figure in enumerate(FIGURES):
+        means[[f"{figure}_low", f"{figure}_high"]] = bounds[:, number]
     order = {
         "modality": [m.value for m in SEQUENCES],
         "region": list(REGIONS),
@@ -371,6 +529,57 @@ def _blind(rows: pd.DataFrame) -> Iterator[str]:
             yield f"{region} SSIM says nothing: {', '.join(high)}."
 
 
+def differences(table: pd.DataFrame) -> pd.DataFrame:
+    """Every other method, floors too, against the first model; see `significance.paired`.
+
+    Truths that were spoilt on purpose are not compared. Empty without a model.
+    """
+    judged = table[table["kind"] != "spoilt truth"]
+    models = judged[judged["kind"] == "model"]
+    if models.empty:
+        return pd.DataFrame()
+    return paired(judged, list(FIGURES), ["modality", "region"], models["method"].iloc[0])
+
+
+def contests(table: pd.DataFrame) -> list[str]:
+    """One line per modality and further model: how it does against the first."""
+    found = differences(table)
+    models = table.loc[table["kind"] == "model", "method"].unique()[1:]
+    if found.empty or not len(models):
+        return []
+    lines = []
+    for (modality, method), rows in found[found["method"].isin(models)].groupby(
+        ["modality", "method"], sort=False
+    ):
+        shown = rows[rows["region"].isin(SHOWN_REGIONS) & rows["figure"].isin(SHOWN_FIGURES[:2])]
+        said = "; ".join(
+            f"{row['region']} {row['figure'].upper()} {row['difference']:+.3f}, p = {row['p']:.2g}"
+            for row in shown.to_dict("records")
+        )
+        count, against = int(rows["cases"].max()), rows["against"].iloc[0]
+        counted = f"{count} case{'s' * (count != 1)}"
+        lines.append(f"{modality}: {method} against {against}, {counted}: {said}.")
+    return lines
+
+
+def trust(table: pd.DataFrame) -> list[str]:
+    """One line per modality and method: what the intervals of a table of `Reliability` held."""
+    if table.empty:
+        return []
+    lines = []
+    for (modality, method), rows in table.groupby(["modality", "method"], sort=False):
+        means = rows.groupby("region", sort=False)[["covered", "agreement"]].mean()
+        said = "; ".join(
+            f"{region} {row['covered']:.0%} held, "
+            f"deviation and error correlate {row['agreement']:.2f}"
+            for region, row in means.loc[means.index.isin(SHOWN_REGIONS)].iterrows()
+        )
+        kind = "calibrated" if rows["calibrated"].all() else "uncalibrated"
+        promised = rows["promised"].iloc[0]
+        lines.append(f"{modality}: {method}, {kind} interval for {promised:.0%}: {said}.")
+    return lines
+
+
 def markdown(summary: pd.DataFrame) -> str:
     """The summary as a table for a model card: a row per method, the best of a column in bold.
 
@@ -403,15 +612,16 @@ def markdown(summary: pd.DataFrame) -> str:
 
 
 def picture(comparison: Comparison) -> Image.Image:
-    """The montage of a comparison that has a prediction, with the best floor named below."""
-    if comparison.predicted is None:
+    """The montage of the first prediction of a comparison, with the best floor named below."""
+    if not comparison.predictions:
         raise ValueError("a comparison of floors alone has no picture")
+    predicted = next(iter(comparison.predictions.values()))
     truth = comparison.volumes[comparison.target]
     floors = [s for s in comparison.scores if s.kind == "floor" and s.region == "brain"]
     best = max(floors, key=lambda score: score.psnr)
     return montage(
         {m: comparison.volumes[m].voxels for m in others(comparison.target)},
-        comparison.predicted,
+        predicted.voxels,
         comparison.target,
         brain=brain_mask(truth),
         spacing_mm=voxel_size_mm(truth.affine),
@@ -426,23 +636,23 @@ def picture(comparison: Comparison) -> Image.Image:
 
 
 def write_tables(
-    table: pd.DataFrame, folder: Path, *, notes: Mapping[str, object], overwrite: bool = False
+    table: pd.DataFrame,
+    folder: Path,
+    *,
+    notes: Mapping[str, object],
+    reliabilities: pd.DataFrame | None = None,
+    overwrite: bool = False,
 ) -> list[Path]:
-    """Write `FILES`; InputError as `atomic_write`.
+    """Write `FILES`, and `RELIABILITY_FILE` if there is any; InputError as `atomic_write`.
 
     Args:
-        table: of one protocol.
+        table: of `Score`, all of one protocol.
         notes: what else belongs into the JSON, such as the model and what floors were fitted on.
+        reliabilities: a table of `Reliability`.
     """
-    summary = summarize(table)
-    rows = [
-        {
-            key: None if isinstance(v, float) and not math.isfinite(v) else v
-            for key, v in row.items()
-        }
-        for row in summary.to_dict("records")
-    ]
-    judged = verdicts(summary)
+    summary, tested = summarize(table), differences(table)
+    maps = pd.DataFrame() if reliabilities is None else reliabilities
+    judged = [*verdicts(summary), *contests(table), *trust(maps)]
     (name,) = table["protocol"].unique()
     protocol = PROTOCOLS[name]
     record = {
@@ -450,24 +660,31 @@ def write_tables(
         "protocol": {"name": name, "range": protocol.scaling, "mask": protocol.masking},
         "figures": FIGURES,
         "regions": {region: REGIONS[region] for region in summary["region"].unique()},
+        "statistics": METHODS,
         "cases": sorted(set(table["case"])),
+        "methods": list(table.loc[table["kind"] == "model", "method"].unique()),
         **notes,
         "verdicts": judged,
-        "summary": rows,
+        "summary": _records(summary),
+        "tests": _records(tested),
     }
     count = table["case"].nunique()
     tumors = table.loc[table["region"].isin(TUMOR_REGIONS), "case"].nunique()
     counted = f"Mean over {count} case{'s' * (count != 1)}, {tumors} with a tumor."
-    texts = (
+    texts = [
         table.to_csv(index=False),
         summary.to_csv(index=False),
+        tested.to_csv(index=False),
         json.dumps(record, indent=2) + "\n",
         "\n".join(
             [protocol.text, "", markdown(summary), *(f"- {line}" for line in judged), "", counted]
         )
         + "\n",
-    )
+    ]
     paths = [folder / name for name in FILES]
+    if len(maps):
+        texts.append(maps.to_csv(index=False))
+        paths.append(folder / RELIABILITY_FILE)
     for path, text in zip(paths, texts, strict=True):
         with atomic_write(path, overwrite) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -497,6 +714,17 @@ def _spoilt(truth: Volume, tumor: Mask | None) -> Iterator[tuple[str, str, Voxel
     yield "blurred", "spoilt truth", blurred(truth)
 
 
+def _records(table: pd.DataFrame) -> list[dict[str, object]]:
+    """The rows, as JSON can hold them: null for what is not a finite number."""
+    return [
+        {
+            str(key): None if isinstance(v, float) and not math.isfinite(v) else v
+            for key, v in row.items()
+        }
+        for row in table.to_dict("records")
+    ]
+
+
 def _cell(rows: pd.DataFrame, figure: str, method: str) -> str:
     """One figure of one method, in bold if no other method has a better one."""
     if method not in rows.index:
@@ -515,3 +743,5 @@ def _check(predicted: Voxels, truth: Volume, what: str) -> None:
         raise InputError(f"{what}: the prediction has {shapes}")
     if not np.isfinite(predicted).all():
         raise InputError(f"{what}: the prediction holds NaN or infinite voxels")
+    if np.array_equal(predicted, truth.voxels):
+        raise InputError(f"{what}: the prediction is the truth itself, voxel by voxel")

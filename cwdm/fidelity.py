@@ -30,8 +30,8 @@ from cwdm.errors import InputError
 from cwdm.files import atomic_write, sha256
 from cwdm.intensity import NORMALIZATIONS
 from cwdm.modality import Modality, find_modality
-from cwdm.overlap import interval
 from cwdm.preparation import Frame
+from cwdm.significance import interval
 from cwdm.volume import brain_mask, is_synthetic, read_volume
 
 __all__ = [

@@ -15,14 +15,14 @@ import pandas as pd
 import torch
 from monai.metrics.hausdorff_distance import compute_hausdorff_distance
 from monai.metrics.surface_dice import compute_surface_dice
-from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from numpy.typing import NDArray
 
 from cwdm import __version__
 from cwdm.case import Case
 from cwdm.errors import InputError
 from cwdm.files import atomic_write, sha256
 from cwdm.segmentation import ED, NCR, Labels, brats_labels, dice, regions
+from cwdm.significance import METHODS, interval, paired
 from cwdm.volume import read_labels, read_volume
 
 __all__ = [
@@ -34,11 +34,10 @@ __all__ = [
     "Row",
     "compare",
     "compare_case",
+    "differences",
     "find_segmentations",
-    "interval",
     "summarize",
     "tabulate",
-    "wilcoxon",
     "write_tables",
 ]
 
@@ -46,7 +45,6 @@ PENALTY_MM = 374.0
 """HD95 where only one of two is empty: the challenge's, the diagonal of 240 x 240 x 155 mm."""
 TOLERANCE_MM = 1.0
 """How far surfaces may be apart to agree, in NSD."""
-RESAMPLES = 2000
 
 FILES = ("overlap.csv", "summary.csv", "summary.json")
 FIGURES = ["dice", "hd95_mm", "nsd"]
@@ -55,9 +53,7 @@ PROTOCOL = (
     "of the distances from one surface to the other, in mm; a surface is the voxels of a mask that "
     f"have a neighbor outside. NSD: share of both surfaces within {TOLERANCE_MM:g} mm of the "
     "other. Both empty: Dice 1, HD95 0 mm, NSD 1. One empty: Dice 0, "
-    f"HD95 {PENALTY_MM:g} mm (the challenge's penalty), NSD 0. Intervals: 95 %, of the mean, "
-    f"bootstrap over cases ({RESAMPLES} resamples). p: Wilcoxon's signed-rank test over cases, "
-    "two-sided, not corrected for the number of tests."
+    f"HD95 {PENALTY_MM:g} mm (the challenge's penalty), NSD 0. {METHODS}"
 )
 
 
@@ -187,16 +183,6 @@ def tabulate(rows: Iterable[Row]) -> pd.DataFrame:
     return pd.DataFrame([asdict(row) for row in rows], columns=list(Row.__annotations__))
 
 
-def interval(values: ArrayLike, seed: int = 0) -> tuple[float, float] | tuple[None, None]:
-    """95 % bootstrap interval of the mean of `values` (N,); a single one has none."""
-    values = np.asarray(values, np.float64)
-    if len(values) < 2:
-        return None, None
-    drawn = np.random.default_rng(seed).choice(values, (RESAMPLES, len(values)))
-    low, high = np.quantile(drawn.mean(axis=1), [0.025, 0.975])
-    return float(low), float(high)
-
-
 def summarize(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     """Means over cases: a row per method, region and figure, with the interval of the mean.
 
@@ -218,28 +204,9 @@ def summarize(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     )
 
 
-def wilcoxon(table: pd.DataFrame) -> pd.DataFrame:
-    """Every other method against the first one, paired by case: a row per region and figure.
-
-    Columns: method, against, region, figure, cases, difference (mean), p (1 where no case differs).
-    """
-    first, *others = table["method"].unique()
-    wide = table.pivot(index="case", columns=["method", "region"], values=FIGURES)
-    rows = []
-    for method, region, figure in product(others, table["region"].unique(), FIGURES):
-        difference = wide[figure, method, region] - wide[figure, first, region]
-        rows.append(
-            {
-                "method": method,
-                "against": first,
-                "region": region,
-                "figure": figure,
-                "cases": len(difference),
-                "difference": difference.mean(),
-                "p": stats.wilcoxon(difference).pvalue if difference.any() else 1.0,
-            }
-        )
-    return pd.DataFrame(rows)
+def differences(table: pd.DataFrame) -> pd.DataFrame:
+    """Every other method against the first one, see `significance.paired`."""
+    return paired(table, FIGURES, ["region"], table["method"].iloc[0])
 
 
 def write_tables(
@@ -263,7 +230,7 @@ def write_tables(
         "seed": seed,
         **notes,
         "summary": summary.to_dict("records"),
-        "tests": wilcoxon(table).to_dict("records"),
+        "tests": differences(table).to_dict("records"),
     }
     texts = (
         table.to_csv(index=False),

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cwdm.errors import InputError
 from cwdm.files import atomic_write
 from cwdm.intensity import Scale
 from cwdm.modality import Modality
@@ -17,6 +18,7 @@ __all__ = [
     "SampleProvenance",
     "SegmentationProvenance",
     "Source",
+    "read_interval",
     "segmentation_warnings",
     "sidecar",
     "warnings_for",
@@ -130,6 +132,24 @@ class Provenance(Record):
 def sidecar(image: Path) -> Path:
     """Where the record of an image goes: ``x-t2f.json`` beside ``x-t2f.nii.gz``."""
     return image.with_name(image.name.removesuffix(".gz").removesuffix(".nii") + ".json")
+
+
+def read_interval(image: Path) -> Interval | None:
+    """The interval that the record beside an image names; none without one, or of one sample.
+
+    Raises:
+        InputError: the record is damaged.
+    """
+    path = sidecar(image)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        found = record.get("interval") if record.get("synthetic") else None
+        if found is None:
+            return None
+        regions = tuple(Region(**region) for region in found["regions"])
+        return Interval(**{**found, "regions": regions})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not a record of cwdm, expected the one of the image") from error
 
 
 def warnings_for(

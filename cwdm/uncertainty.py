@@ -33,6 +33,7 @@ __all__ = [
     "agreement",
     "conformal_quantile",
     "coverage",
+    "in_units_of",
     "largest",
     "leave_one_out",
     "normal_quantile",
@@ -120,17 +121,32 @@ class Uncertainty:
     ) -> Self:
         """The interval mean +- q (std + floor)."""
         spread = float(mean[brain].std())
-        std = np.where(brain, std, 0).astype(np.float32)
-        half = np.where(brain, q * (std + floor * spread), 0).astype(np.float32)
-        low, high = np.quantile(mean[brain], [(1 - coverage) / 2, (1 + coverage) / 2])
+        half = np.where(brain, q * (std + floor * spread), 0)
+        low, high = (np.where(brain, mean + side * half, 0) for side in (-1, 1))
+        return cls.within(mean, np.where(brain, std, 0), low, high, brain, coverage=coverage)
+
+    @classmethod
+    def within(
+        cls,
+        mean: Voxels,
+        std: Voxels,
+        low: Voxels,
+        high: Voxels,
+        brain: Mask | None = None,
+        *,
+        coverage: float,
+    ) -> Self:
+        """The interval low to high, all 0 outside the brain, which is else where it has a width."""
+        brain = high > low if brain is None else brain
+        bottom, top = np.quantile(mean[brain], [(1 - coverage) / 2, (1 + coverage) / 2])
         return cls(
-            std=std,
-            low=np.where(brain, mean - half, 0).astype(np.float32),
-            high=np.where(brain, mean + half, 0).astype(np.float32),
+            std=std.astype(np.float32),
+            low=low.astype(np.float32),
+            high=high.astype(np.float32),
             brain=brain,
             coverage=coverage,
-            spread=spread,
-            wide=brain & (2 * half >= high - low),
+            spread=float(mean[brain].std()),
+            wide=brain & (high - low >= top - bottom),
         )
 
     @property
@@ -175,14 +191,14 @@ class Scores:
             InputError: the mean does not rise with the truth, so that no scale brings them
                 together.
         """
-        slope, offset = affine_fit(mean, truth, brain)
-        if slope <= 0:
+        fitted = in_units_of(mean, truth, brain)
+        if fitted is None:
             raise InputError(
-                f"case {case}: the mean of the samples does not follow the truth (slope "
-                f"{slope:.3g}), expected a trained model"
+                f"case {case}: the mean of the samples does not rise with the truth, expected a "
+                "trained model"
             )
-        s, m, t = std[brain], mean[brain], truth[brain].astype(np.float64)
-        error = np.abs((t - offset) / slope - m)
+        s, m = std[brain], mean[brain]
+        error = np.abs(fitted[brain] - m)
         scores = (error / (s + floor * m.std())).astype(np.float32)
         if tumor is None or not (inside := tumor[brain]).any():
             return cls(case, scores, None, agreement(s, error), None)
@@ -201,6 +217,17 @@ class HeldOut:
     coverage_tumor: float | None
     agreement: float | None
     agreement_tumor: float | None
+
+
+def in_units_of(prediction: Voxels, truth: Voxels, brain: Mask) -> NDArray[np.float64] | None:
+    """The truth (X, Y, Z) by the inverse of the line from the prediction to it; None if none rises.
+
+    The line is that of `metrics.affine_fit` over the brain.
+    """
+    slope, offset = affine_fit(prediction, truth, brain)
+    if slope <= 0:
+        return None
+    return (truth.astype(np.float64) - offset) / slope
 
 
 def conformal_quantile(scores: Voxels, share: float) -> float:

@@ -21,7 +21,7 @@ from cwdm.config import Config, Sampling
 from cwdm.dataset import Sample, Source, TrainingCase, TrainingData, inputs
 from cwdm.denoiser import Denoiser
 from cwdm.engine import Engine, Precision
-from cwdm.evaluate import compare, picture
+from cwdm.evaluate import Prediction, compare, picture
 from cwdm.intensity import NORMALIZATIONS, ScalePrior
 from cwdm.losses import band_loss
 from cwdm.metrics import Aligned, mae, psnr, ssim
@@ -248,17 +248,14 @@ class Validation:
             )
             for target in self.config.targets
         }
-        predicted = compare(
-            case,
-            lambda case, target: (
-                synthesizers[target](
-                    case, sampler=settings.sampler, steps=settings.steps
-                ).volume.voxels
-            ),
-            targets=self.config.targets,
-            name=self.config.name,
-        )
-        for comparison in predicted:
+
+        def predict(case: Case, target: Modality) -> Prediction:
+            synthesizer = synthesizers[target]
+            made = synthesizer(case, sampler=settings.sampler, steps=settings.steps)
+            return Prediction.of(made)
+
+        methods = {self.config.name: predict}
+        for comparison in compare(case, methods, targets=self.config.targets):
             brain = [score for score in comparison.scores if score.region == "brain"]
             (score,) = (each for each in brain if each.kind == "model")
             floor = max((each for each in brain if each.kind == "floor"), key=lambda s: s.psnr)

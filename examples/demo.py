@@ -59,9 +59,8 @@ def main(folder: Path) -> Path:
     print("comparing with the truth and with trivial predictions ...")
     regressions = fit_regressions(draw_sample(rest), [MISSING])
     predictions = Predictions.find(folder / "synthetic", [patient])
-    (comparison,) = compare(
-        patient, predictions, targets=[MISSING], regressions=regressions, name="cwdm"
-    )
+    methods = {"cwdm": predictions}
+    (comparison,) = compare(patient, methods, targets=[MISSING], regressions=regressions)
     summary = summarize(tabulate(comparison.scores))
     print("\n".join(["", markdown(summary), *verdicts(summary)]))
 

@@ -93,6 +93,10 @@ def test_the_command_uses_the_calibration(model_file, simulated, tmp_path):
     (record,) = [json.loads(path.read_text()) for path in out.glob("*.json")]
     assert record["interval"]["calibrated"] is True
     assert record["interval"]["q"] == load_model(output).calibration[TARGET].q
+    told = run("models", "info", output)
+    assert "t1c: calibrated for 80% on 4 cases, 3 samples by ddpm, steps 2; held " in told.stdout
+    found = json.loads(run("models", "info", output, "--json").stdout)
+    assert found["calibration"]["t1c"]["q"] == record["interval"]["q"]
     again = run("calibrate", "--model", output, "--cases", simulated, *WORDS, "--output", output)
     assert again.exit_code == 2
     assert "already exists" in again.stderr

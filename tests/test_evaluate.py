@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +19,22 @@ from cwdm.cli.main import cwdm
 from cwdm.errors import InputError
 from cwdm.evaluate import (
     FILES,
+    Prediction,
     Predictions,
     Score,
     compare,
     complete_cases,
+    contests,
+    differences,
     draw_sample,
     evaluate,
     fit_regressions,
     markdown,
     picture,
+    reliability,
     summarize,
     tabulate,
+    trust,
     verdicts,
     with_segmentations,
     write_tables,
@@ -36,6 +42,7 @@ from cwdm.evaluate import (
 from cwdm.metrics import Aligned, mae, mse, ncc, psnr, ssim
 from cwdm.modality import SEQUENCES, Modality
 from cwdm.protocols import FIGURES, PROTOCOLS, REGIONS
+from cwdm.uncertainty import Uncertainty
 from cwdm.volume import brain_mask, read_volume
 
 MakeImage = Callable[..., Path]
@@ -71,25 +78,30 @@ def make_patient(make_image: MakeImage) -> MakePatient:
     return make
 
 
-def perfect(case: Case, target: Modality) -> NDArray[np.floating]:
+def found(case: Case, target: Modality) -> NDArray[np.floating]:
     """The truth, found in the folder of the case."""
     folder = next(iter(case.images.values())).parent
     return read_volume(folder / f"{case.id}-{target}.nii.gz").voxels
 
 
+def perfect(case: Case, target: Modality) -> Prediction:
+    """The truth, in other units."""
+    return Prediction(0.1 * found(case, target) + 5)
+
+
 def test_the_predictor_never_gets_the_target(make_patient: MakePatient) -> None:
     seen = []
 
-    def predict(case: Case, target: Modality) -> NDArray[np.floating]:
+    def predict(case: Case, target: Modality) -> Prediction:
         seen.append((target, case.missing))
         return perfect(case, target)
 
-    evaluate([make_patient()], predict)
+    evaluate([make_patient()], {"ours": predict})
     assert seen == [(target, (target,)) for target in SEQUENCES]
 
 
 def test_one_row_per_modality_method_and_region(make_patient: MakePatient) -> None:
-    table = evaluate([make_patient("p1"), make_patient("p2", 1)], perfect, name="ours")
+    table = evaluate([make_patient("p1"), make_patient("p2", 1)], {"ours": perfect})
     assert len(table) == 2 * 4 * (1 + 5 + 2) * 6
     assert not table.duplicated(["case", "modality", "method", "region"]).any()
     flair = table[(table["modality"] == "t2f") & (table["case"] == "p1")]
@@ -109,8 +121,8 @@ def test_one_row_per_modality_method_and_region(make_patient: MakePatient) -> No
 
 
 def test_a_perfect_prediction_in_other_units_has_ssim_one(make_patient: MakePatient) -> None:
-    table = evaluate([make_patient()], lambda case, target: 0.1 * perfect(case, target) + 5)
-    ours = table[table["method"] == "cwdm"]
+    table = evaluate([make_patient()], {"ours": perfect})
+    ours = table[table["method"] == "ours"]
     assert (ours["ssim"] > 0.9999).all()
     assert (ours["mae"] < 1e-4).all()
     assert (ours["psnr"] > 80).all()
@@ -118,7 +130,7 @@ def test_a_perfect_prediction_in_other_units_has_ssim_one(make_patient: MakePati
 
 def test_figures_are_those_of_the_metrics_in_brain_and_tumor(make_patient: MakePatient) -> None:
     case = make_patient()
-    table = evaluate([case], None, targets=[T2F])
+    table = evaluate([case], {}, targets=[T2F])
     truth, copy = (read_volume(case.images[m]) for m in (T2F, T1N))
     assert case.segmentation is not None
     labels = read_volume(case.segmentation).voxels
@@ -138,7 +150,7 @@ def test_figures_are_those_of_the_metrics_in_brain_and_tumor(make_patient: MakeP
 
 def test_without_a_segmentation_there_is_no_tumor_row(make_patient: MakePatient) -> None:
     case = make_patient()
-    table = evaluate([Case(case.id, case.images)], None, targets=[T2F])
+    table = evaluate([Case(case.id, case.images)], {}, targets=[T2F])
     assert set(table["region"]) == {"brain", "cuboid"}
     assert "tumor erased" not in set(table["method"])
 
@@ -147,7 +159,7 @@ def test_the_challenge_does_not_see_the_tumor_and_the_verdict_says_so(
     make_patient: MakePatient,
 ) -> None:
     protocol = PROTOCOLS["brasyn"]
-    table = evaluate([make_patient()], perfect, targets=[T2F], name="ours", protocol=protocol)
+    table = evaluate([make_patient()], {"ours": perfect}, targets=[T2F], protocol=protocol)
     scores = table.set_index(["method", "region"])["ssim"]
     assert scores["tumor erased", "ET"] > 0.99  # of eight voxels
     assert scores["ours", "ET"] == pytest.approx(1, abs=1e-6)
@@ -165,7 +177,7 @@ def test_labels_that_are_not_those_of_a_tumor_are_refused(
     labels = np.full(SHAPE, 7, dtype=np.uint8)
     strange = Case(case.id, case.images, make_image("other/p1-seg.nii.gz", voxels=labels))
     with pytest.raises(InputError, match=r"p1-seg.nii.gz: found labels 7, expected 0, 1, 2"):
-        evaluate([strange], None)
+        evaluate([strange], {})
 
 
 def test_segmentations_can_come_from_another_folder(
@@ -176,9 +188,9 @@ def test_segmentations_can_come_from_another_folder(
     with pytest.raises(InputError, match=r"found no p2-seg.nii.gz, expected one for every case"):
         with_segmentations(cases, tmp_path / "seg")
     second = make_image("seg/p2-seg.nii")
-    found = with_segmentations(cases, tmp_path / "seg")
-    assert [case.segmentation for case in found] == [first, second]
-    assert [case.images for case in found] == [case.images for case in cases]
+    segmented = with_segmentations(cases, tmp_path / "seg")
+    assert [case.segmentation for case in segmented] == [first, second]
+    assert [case.images for case in segmented] == [case.images for case in cases]
     make_image("seg/b/p1-seg.nii.gz")
     with pytest.raises(InputError, match="two segmentations of one case"):
         with_segmentations(cases, tmp_path / "seg")
@@ -192,7 +204,7 @@ def test_fitted_regressions_stand_beside_the_copies_and_beat_them(
     pytest.importorskip("sklearn")
     sample = draw_sample([make_patient("f1", 5), make_patient("f2", 6)])
     table = evaluate(
-        [make_patient()], None, targets=[T2F], regressions=fit_regressions(sample, [T2F, T1N])
+        [make_patient()], {}, targets=[T2F], regressions=fit_regressions(sample, [T2F, T1N])
     )
     floors = table[(table["region"] == "brain") & (table["kind"] == "floor")]
     brain = floors.set_index("method")["psnr"]
@@ -214,7 +226,10 @@ def test_a_bad_prediction_is_refused_by_name(
     message: str,
 ) -> None:
     with pytest.raises(InputError, match=message) as error:
-        evaluate([make_patient()], lambda case, target: spoil(perfect(case, target)), name="ours")
+        evaluate(
+            [make_patient()],
+            {"ours": lambda case, target: Prediction(spoil(found(case, target) + 1))},
+        )
     assert "ours: t1n of case p1" in str(error.value)
 
 
@@ -226,7 +241,7 @@ def test_a_segmentation_on_another_grid_is_refused(
     labels[2:5] = 1
     wrong = Case(case.id, case.images, make_image("other/p1-seg.nii.gz", voxels=labels))
     with pytest.raises(InputError, match="expected one grid"):
-        evaluate([wrong], None)
+        evaluate([wrong], {})
 
 
 def test_incomplete_cases_are_left_out_and_none_is_an_error(make_patient: MakePatient) -> None:
@@ -245,7 +260,7 @@ def test_predictions_are_found_anywhere_below_a_folder(
     make_image("pred/p1-t2f-mean.nii.gz", voxels=voxels)
     predictions = Predictions.find(tmp_path / "pred", [case])
     assert predictions.targets == (T2F,)
-    read = predictions(case.without(T2F), T2F)
+    read = predictions(case.without(T2F), T2F).voxels
     np.testing.assert_array_equal(read, voxels[::-1, ::-1])  # stored LPS, canonical is RAS
 
 
@@ -371,6 +386,66 @@ def test_the_markdown_table_marks_the_best_of_each_column(table: pd.DataFrame) -
     assert rows["t2f", "ridge regression"] == ["21.00", "**0.700**", "0.100", "", "", ""]
 
 
+def test_intervals_stand_beside_the_means(table: pd.DataFrame) -> None:
+    summary = summarize(table).set_index(["modality", "region", "method"]).to_dict("index")
+    row = summary["t2f", "brain", "ours"]
+    assert (row["psnr_low"], row["psnr_high"]) == pytest.approx((24, 26))  # of two cases
+    assert np.isnan(summary["t2f", "WT", "ours"]["psnr_low"])
+
+
+def test_methods_are_tested_against_the_first_and_spoilt_truths_are_not(
+    table: pd.DataFrame,
+) -> None:
+    found = differences(table)
+    assert set(found["against"]) == {"ours"}
+    assert set(found["method"]) == {"copy t1n", "ridge"}
+    key = (found["modality"] == "t2f") & (found["method"] == "ridge") & (found["figure"] == "psnr")
+    assert found.loc[key, "difference"].tolist() == pytest.approx([-4])
+    assert found.loc[key, "cases"].tolist() == [2]
+    assert contests(table) == []
+    rival = [score("theirs", 22, 0.7), score("theirs", 25, 0.7, case="b")]
+    (line,) = contests(pd.concat([table, tabulate(rival)]))
+    assert line == (
+        "t2f: theirs against ours, 2 cases: brain PSNR -1.500, p = 0.5; brain SSIM +0.100, p = 0.5."
+    )
+
+
+def test_an_interval_is_judged_in_every_region(make_patient: MakePatient) -> None:
+    """Samples that err by 3 where the interval is 2 wide in one half, and 4 in the other."""
+    case = make_patient()
+    truth = read_volume(case.images[T2F])
+    brain = brain_mask(truth)
+    assert case.segmentation is not None
+    labels = read_volume(case.segmentation).voxels.astype(np.uint8)
+    sign = np.random.default_rng(0).choice([-1, 1], truth.voxels.shape)
+    error = np.where(sign > 0, 3.0, 1.0) * np.random.default_rng(1).choice([-1, 1], sign.shape)
+    mean = np.where(brain, truth.voxels + error, 0)
+    half = np.where(labels > 0, 4.0, 2.0) * brain
+    maps = Uncertainty.within(mean, half / 2, mean - half, mean + half, brain, coverage=0.8)
+    prediction = Prediction(2 * mean, calibrated=True)
+    doubled = Uncertainty.within(
+        2 * mean, half, 2 * (mean - half), 2 * (mean + half), brain, coverage=0.8
+    )
+    for given in (
+        Prediction(mean, maps, calibrated=True),
+        replace(prediction, uncertainty=doubled),
+    ):
+        rows = {r.region: r for r in reliability(given, truth.voxels, brain, labels, "p1", T2F)}
+        assert set(rows) == {"brain", "healthy", "WT", "TC", "ET"}
+        assert rows["WT"].covered == 1
+        small = np.mean(np.abs(error[brain & (labels == 0)]) < 2)
+        assert rows["healthy"].covered == pytest.approx(small, abs=0.01)
+        assert rows["brain"].promised == 0.8
+        assert rows["brain"].wide == 0
+        assert np.isnan(rows["WT"].agreement)  # the deviation is the same everywhere
+    assert reliability(prediction, truth.voxels, brain) == []
+    falling = Prediction(-mean, maps)
+    assert {r.covered for r in reliability(falling, truth.voxels, brain)} == {0}
+    (line,) = trust(tabulate(reliability(given, truth.voxels, brain, labels, "p1", T2F, "ours")))
+    assert line.startswith("t2f: ours, calibrated interval for 80%: brain ")
+    assert "WT 100% held" in line
+
+
 def test_files_hold_the_tables_and_the_json_has_no_infinity(
     table: pd.DataFrame, tmp_path: Path
 ) -> None:
@@ -378,7 +453,7 @@ def test_files_hold_the_tables_and_the_json_has_no_infinity(
     paths = write_tables(table, tmp_path / "out", notes={"seed": 3})
     assert [path.name for path in paths] == list(FILES)
     pd.testing.assert_frame_equal(pd.read_csv(paths[0]), table, check_dtype=False)
-    record = json.loads(paths[2].read_text(), parse_constant=pytest.fail)
+    record = json.loads((tmp_path / "out" / "summary.json").read_text(), parse_constant=pytest.fail)
     assert record["protocol"]["name"] == "aligned"
     assert "99.5 %" in record["protocol"]["range"]
     assert "over the voxels of its region" in record["protocol"]["mask"]
@@ -387,16 +462,16 @@ def test_files_hold_the_tables_and_the_json_has_no_infinity(
     assert record["seed"] == 3
     assert record["cases"] == ["a", "b"]
     assert record["summary"][0]["psnr"] is None
-    assert "SSIM" in paths[3].read_text()
+    assert "SSIM" in (tmp_path / "out" / "summary.md").read_text()
     with pytest.raises(InputError, match="already exists"):
         write_tables(table, tmp_path / "out", notes={})
 
 
 def test_a_comparison_can_be_drawn_if_something_was_predicted(make_patient: MakePatient) -> None:
     case = make_patient()
-    (drawn,) = compare(case, perfect, targets=[T2F])
+    (drawn,) = compare(case, {"ours": perfect}, targets=[T2F])
     assert picture(drawn).size[0] > 800
-    (floors,) = compare(case, None, targets=[T2F])
+    (floors,) = compare(case, {}, targets=[T2F])
     with pytest.raises(ValueError, match="no picture"):
         picture(floors)
 
@@ -425,6 +500,53 @@ def test_the_command_judges_a_folder_of_predictions(judged: list[str], tmp_path:
     assert {"ridge", "boosting", "copy t1n"} <= set(summary["method"])
     record = json.loads((tmp_path / "output" / "summary.json").read_text())
     assert record["floors fitted on"] == ["p2"]
+
+
+def test_the_command_compares_two_folders_and_says_where_images_are(
+    judged: list[str], make_image: MakeImage, tmp_path: Path
+) -> None:
+    noise = np.random.default_rng(1).normal(0, 9, SHAPE)
+    truth = read_volume(tmp_path / "truth" / "p1" / "p1-t2f.nii.gz").voxels[::-1, ::-1]
+    worse = np.where(truth > 0, truth + noise, 0).astype(np.float32)
+    make_image("output/worse/p1-t2f.nii.gz", voxels=worse)
+    arguments = [a for a in judged if not a.startswith("--fit")]
+    more = [f"--pred={tmp_path / 'output' / 'worse'}", "--name", "worse"]
+    result = CliRunner().invoke(cwdm, [*arguments, *more])
+    assert result.exit_code == 0, result.output
+    assert "t2f: worse against ours, 1 case: brain PSNR -" in result.output
+    record = json.loads((tmp_path / "output" / "summary.json").read_text())
+    assert record["methods"] == ["ours", "worse"]
+    (images,) = record["images"]
+    assert images["acquired"]["t1n"] == str(tmp_path / "truth" / "p1" / "p1-t1n.nii.gz")
+    assert images["predictions"] == {
+        "ours": {"t2f": str(tmp_path / "pred" / "p1-t2f.nii.gz")},
+        "worse": {"t2f": "worse/p1-t2f.nii.gz"},
+    }
+    tests = pd.read_csv(tmp_path / "output" / "tests.csv")
+    assert set(tests["against"]) == {"ours"}
+    result = CliRunner().invoke(cwdm, [*arguments, more[0], "--output", str(tmp_path / "new")])
+    assert result.exit_code == 2
+    assert "found 1 times --name, expected it 2 times, or not" in result.stderr
+
+
+def test_the_command_keeps_what_it_synthesizes_and_judges_its_interval(
+    any_model: Path, simulated: Path, tmp_path: Path
+) -> None:
+    words = ["evaluate", "--truth", simulated, "--model", any_model, "--modality", "t1n"]
+    words += ["--samples", 2, "--precision", "fp32", "--output", tmp_path / "run"]
+    result = CliRunner().invoke(cwdm, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    assert "uncalibrated interval for 80%: brain " in result.stdout
+    maps = pd.read_csv(tmp_path / "run" / "uncertainty.csv")
+    assert set(maps["region"]) == {"brain", "healthy", "WT", "TC", "ET"}
+    kept = tmp_path / "run" / "predictions"
+    assert len(list(kept.glob("*-t1n.nii.gz"))) == 4
+    again = ["evaluate", "--truth", simulated, "--pred", kept, "--output", tmp_path / "again"]
+    result = CliRunner().invoke(cwdm, [str(word) for word in again])
+    assert result.exit_code == 0, result.output
+    for file, tolerance in (("uncertainty.csv", 0.02), ("metrics.csv", 0.02)):
+        one, other = (pd.read_csv(tmp_path / run / file) for run in ("run", "again"))
+        pd.testing.assert_frame_equal(one, other, atol=tolerance, rtol=tolerance)
 
 
 def test_the_command_refuses_to_overwrite_before_it_works(

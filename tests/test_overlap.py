@@ -20,11 +20,10 @@ from cwdm.overlap import (
     PENALTY_MM,
     Row,
     compare,
+    differences,
     find_segmentations,
-    interval,
     summarize,
     tabulate,
-    wilcoxon,
 )
 
 MakeImage = Callable[..., Path]
@@ -126,15 +125,6 @@ def test_labels_of_two_shapes_are_refused() -> None:
         compare(block(3), block(3, shape=(20, 18, 17)), MM)
 
 
-def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(0)
-    samples = rng.normal(1, 2, (200, 40))
-    bounds = np.array([interval(values, seed) for seed, values in enumerate(samples)], float)
-    assert 0.9 < np.mean((bounds[:, 0] < 1) & (bounds[:, 1] > 1)) < 0.99
-    assert interval(samples[0], 0) == tuple(bounds[0])
-    assert interval([3.0]) == (None, None)
-
-
 def table(**methods: list[float]) -> pd.DataFrame:
     return tabulate(
         Row(f"p{number}", method, "ET", value, 10 * value, value / 2, 1.0, 1.0)
@@ -160,12 +150,12 @@ def test_the_test_is_the_exact_one_paired_by_case() -> None:
     better = [value + 0.1 + 0.01 * number for number, value in enumerate(first)]
     both = table(first=first, better=better, same=first)
     shuffled = both.sample(frac=1, random_state=1).sort_values("method", key=lambda m: m != "first")
-    tests = wilcoxon(shuffled).set_index(["method", "figure"])
-    assert set(tests["against"]) == {"first"}
-    assert tests.loc[("better", "dice"), "p"] == pytest.approx(2 / 2**6)
-    assert tests.loc[("better", "dice"), "difference"] == pytest.approx(0.125)
-    assert tests.loc[("same", "dice"), "p"] == 1
-    assert wilcoxon(table(only=first)).empty
+    found = differences(shuffled).set_index(["method", "figure"])
+    assert set(found["against"]) == {"first"}
+    assert found.loc[("better", "dice"), "p"] == pytest.approx(2 / 2**6)
+    assert found.loc[("better", "dice"), "difference"] == pytest.approx(0.125)
+    assert found.loc[("same", "dice"), "p"] == 1
+    assert differences(table(only=first)).empty
 
 
 @pytest.fixture

@@ -402,7 +402,7 @@ def test_the_tumor_has_figures_of_its_own():
 
 def test_samples_that_do_not_follow_the_truth_are_refused():
     mean, std, truth, brain = truth_and_samples(0)
-    with pytest.raises(InputError, match=r"case x: .* does not follow the truth"):
+    with pytest.raises(InputError, match=r"case x: .* does not rise with the truth"):
         Scores.of("x", mean, std, -truth, brain)
 
 
