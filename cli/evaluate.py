@@ -75,6 +75,12 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
     show_default=True,
     help="Synthesize the mean of several, and judge their interval, too.",
 )
+@click.option(
+    "--perceptual",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Weights of Med3D's ResNet-50, for a perceptual distance as well.",
+)
 @click.option("--pictures", is_flag=True, help="Draw <id>-<modality>.png for every image too.")
 @options.steps
 @options.sampler
@@ -93,6 +99,7 @@ def evaluate(
     output: Path,
     methods: tuple[str, ...],
     samples: int,
+    perceptual: Path | None,
     pictures: bool,
     steps: int | tuple[int, ...] | None,
     sampler: str | None,
@@ -182,6 +189,12 @@ def evaluate(
         notes["floors fitted on"] = [case.id for case in fit_cases]
     else:
         click.echo("Without --fit the only floors are blank images and copies.", err=True)
+    distances = None
+    if perceptual is not None:
+        from cwdm.perceptual import Perceptual
+
+        loaded = Perceptual.load(perceptual, device=device)
+        distances, notes["perceptual"] = loaded.distances, loaded.sha256
     scores, reliabilities = [], []
     with tqdm(total=len(cases) * len(targets), unit="image", disable=None) as bar:
         for case in cases:
@@ -192,6 +205,7 @@ def evaluate(
                 targets=targets,
                 regressions=regressions,
                 protocol=PROTOCOLS[protocol],
+                distances=distances,
             ):
                 scores += comparison.scores
                 reliabilities += comparison.reliabilities

@@ -33,7 +33,7 @@ from cwdm.floors import (
 )
 from cwdm.modality import SEQUENCES, Modality, others
 from cwdm.montage import montage, voxel_size_mm
-from cwdm.protocols import FIGURES, PROTOCOLS, REGIONS, Protocol
+from cwdm.protocols import FIGURES, PERCEPTUAL, PROTOCOLS, REGIONS, Distances, Protocol
 from cwdm.provenance import read_interval
 from cwdm.segmentation import Labels, brats_labels
 from cwdm.significance import METHODS, intervals, paired
@@ -99,7 +99,7 @@ Predict = Callable[[Case, Modality], Prediction]
 ALIGNED = PROTOCOLS["aligned"]
 FILES = ("metrics.csv", "summary.csv", "tests.csv", "summary.json", "summary.md")
 RELIABILITY_FILE = "uncertainty.csv"
-LOWER_IS_BETTER = {"mae", "mse"}
+LOWER_IS_BETTER = {"mae", "mse", "perceptual"}
 SHOWN_FIGURES = ("psnr", "ssim", "mae")
 SHOWN_REGIONS = ("brain", "WT", "ET")
 TUMOR_REGIONS = ("WT", "TC", "ET")
@@ -133,6 +133,8 @@ class Score:
     ms_ssim: float
     mse: float
     ncc: float
+    perceptual: float | None = None
+    """Only with a network, and not of floors."""
 
 
 @dataclass(frozen=True)
@@ -205,8 +207,13 @@ def compare(
     targets: Sequence[Modality] = SEQUENCES,
     regressions: Sequence[VoxelRegression] = (),
     protocol: Protocol = ALIGNED,
+    distances: Distances | None = None,
 ) -> Iterator[Comparison]:
     """As `evaluate`, for one case, one target at a time, so that a caller can show progress.
+
+    Args:
+        distances: a perceptual distance, see `perceptual.Perceptual`. Floors, of which there are
+            many, go without: it takes long.
 
     Raises:
         InputError: a modality is absent or unreadable, a prediction lies on another grid or is the
@@ -235,7 +242,9 @@ def compare(
         scores = [
             Score(case.id, target.value, method, kind, protocol.name, region, size, **figures)
             for method, kind, image in candidates
-            for region, size, figures in protocol.figures(image, truth.voxels, brain, labels)
+            for region, size, figures in protocol.figures(
+                image, truth.voxels, brain, labels, None if kind == "floor" else distances
+            )
         ]
         reliabilities = [
             row
@@ -445,8 +454,9 @@ def images(
 
 
 def tabulate(rows: Iterable[Score] | Iterable[Reliability]) -> pd.DataFrame:
-    """One row each; the columns are their fields."""
-    return pd.DataFrame([asdict(row) for row in rows])
+    """One row each; columns are their fields, the perceptual distance only if some row has it."""
+    table = pd.DataFrame([asdict(row) for row in rows])
+    return table.drop(columns=[c for c in table if c == "perceptual" and table[c].isna().all()])
 
 
 def summarize(table: pd.DataFrame) -> pd.DataFrame:
@@ -457,10 +467,10 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
     keys = ["modality", "region", "kind", "method"]
     groups = table.groupby(keys, sort=False)
     means = groups.agg(
-        cases=("case", "nunique"), **{figure: (figure, "mean") for figure in FIGURES}
+        cases=("case", "nunique"), **{figure: (figure, "mean") for figure in _figures(table)}
     )
-    bounds = np.array([intervals(rows[list(FIGURES)]) for _, rows in groups])
-    for number, figure in enumerate(FIGURES):
+    bounds = np.array([intervals(rows[list(_figures(table))]) for _, rows in groups])
+    for number, figure in enumerate(_figures(table)):
         means[[f"{figure}_low", f"{figure}_high"]] = bounds[:, number]
     order = {
         "modality": [m.value for m in SEQUENCES],
@@ -538,7 +548,7 @@ def differences(table: pd.DataFrame) -> pd.DataFrame:
     models = judged[judged["kind"] == "model"]
     if models.empty:
         return pd.DataFrame()
-    return paired(judged, list(FIGURES), ["modality", "region"], models["method"].iloc[0])
+    return paired(judged, list(_figures(table)), ["modality", "region"], models["method"].iloc[0])
 
 
 def contests(table: pd.DataFrame) -> list[str]:
@@ -658,7 +668,7 @@ def write_tables(
     record = {
         "version": __version__,
         "protocol": {"name": name, "range": protocol.scaling, "mask": protocol.masking},
-        "figures": FIGURES,
+        "figures": _figures(table),
         "regions": {region: REGIONS[region] for region in summary["region"].unique()},
         "statistics": METHODS,
         "cases": sorted(set(table["case"])),
@@ -712,6 +722,11 @@ def _spoilt(truth: Volume, tumor: Mask | None) -> Iterator[tuple[str, str, Voxel
     if tumor is not None and tumor.any():
         yield ERASED, "spoilt truth", erased(truth, tumor)
     yield "blurred", "spoilt truth", blurred(truth)
+
+
+def _figures(table: pd.DataFrame) -> dict[str, str]:
+    """What each figure of a table is, by its column."""
+    return {**FIGURES, **({"perceptual": PERCEPTUAL} if "perceptual" in table else {})}
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, object]]:

@@ -1,7 +1,7 @@
 """What is compared how: how images are scaled, by what range figures are divided, and where.
 
 Every protocol gives the same figures (`FIGURES`) in the same regions, so that they can be held side
-by side. A perceptual distance (LPIPS) is not among them: its networks know photographs.
+by side, and a perceptual distance if it is given one.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from cwdm.metrics import Aligned, Similarity, mae, mse, ncc, psnr, volume_ssim
 from cwdm.segmentation import Labels, Region
 from cwdm.segmentation import regions as tumor_regions
 
-__all__ = ["FIGURES", "PROTOCOLS", "REGIONS", "Protocol", "ProtocolName"]
+__all__ = ["FIGURES", "PERCEPTUAL", "PROTOCOLS", "REGIONS", "Distances", "Protocol"]
+__all__ += ["ProtocolName"]
 
 Voxels = NDArray[np.floating]
 Mask = NDArray[np.bool_]
+Distances = Callable[[Voxels, Voxels, Mapping[str, Mask]], Mapping[str, float]]
+"""(prediction, truth, regions), all (X, Y, Z) -> a distance in each region."""
 ProtocolName = Literal["aligned", "brasyn", "published"]
 
 FIGURES = {
@@ -32,6 +35,11 @@ FIGURES = {
     "mse": "mean squared error in squared shares of the range",
     "ncc": "normalized cross correlation (Pearson's r)",
 }
+PERCEPTUAL = (
+    "distance of Med3D features, each image standardized: squared difference of their directions "
+    "(LPIPS, as in MONAI, of the box of what is not background)"
+)
+"""What the figure is that only is there with a network."""
 REGIONS = {
     "brain": "where the truth is not background, holes filled",
     "healthy": "the brain without the tumor",
@@ -64,17 +72,23 @@ class Protocol:
         return f"Protocol {self.name}. {self.scaling} {self.masking}"
 
     def figures(
-        self, prediction: Voxels, truth: Voxels, brain: Mask, labels: Labels | None
+        self,
+        prediction: Voxels,
+        truth: Voxels,
+        brain: Mask,
+        labels: Labels | None,
+        distances: Distances | None = None,
     ) -> Iterator[tuple[str, int, dict[str, float]]]:
         """(region, voxels in it, its `FIGURES`) for every region that is not empty.
 
+        With `distances` there is one figure more, "perceptual".
         All arrays are (X, Y, Z); ValueError as `Aligned.of`, if the truth is constant, for example.
         """
         p, t = self.scale(prediction, truth, brain)
         similarity = Similarity.of(p, t)
-        for region, mask in self.masks(brain, labels).items():
-            if not mask.any():
-                continue
+        masks = {region: mask for region, mask in self.masks(brain, labels).items() if mask.any()}
+        perceptual = distances(p, t, masks) if distances else {}
+        for region, mask in masks.items():
             if self.whole_volume_ssim:
                 ssim = volume_ssim(np.where(mask, p, 0), np.where(mask, t, 0))
             else:
@@ -87,6 +101,8 @@ class Protocol:
                 "mse": mse(p, t, mask),
                 "ncc": ncc(p, t, mask),
             }
+            if perceptual:
+                figures["perceptual"] = perceptual[region]
             yield region, int(mask.sum()), figures
 
 

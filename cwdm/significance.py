@@ -67,6 +67,8 @@ def paired(
         for method in methods if len(methods) < group["method"].nunique() else ():
             for figure in figures:
                 difference = (wide[figure, method] - wide[figure, against]).dropna()
+                if difference.empty:
+                    continue
                 low, high = interval(difference)
                 rows.append(
                     {

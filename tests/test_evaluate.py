@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from cwdm.cli.main import cwdm
 from cwdm.errors import InputError
 from cwdm.evaluate import (
     FILES,
+    Predict,
     Prediction,
     Predictions,
     Score,
@@ -444,6 +445,33 @@ def test_an_interval_is_judged_in_every_region(make_patient: MakePatient) -> Non
     (line,) = trust(tabulate(reliability(given, truth.voxels, brain, labels, "p1", T2F, "ours")))
     assert line.startswith("t2f: ours, calibrated interval for 80%: brain ")
     assert "WT 100% held" in line
+
+
+def test_a_perceptual_distance_is_a_figure_more_for_all_but_floors(
+    make_patient: MakePatient, tmp_path: Path
+) -> None:
+    def distances(
+        prediction: NDArray[np.floating],
+        truth: NDArray[np.floating],
+        masks: Mapping[str, NDArray[np.bool_]],
+    ) -> dict[str, float]:
+        return {name: abs(float((prediction - truth)[mask].mean())) for name, mask in masks.items()}
+
+    both: dict[str, Predict] = {"ours": perfect, "same": perfect}
+    cases = [make_patient("p1"), make_patient("p2", 1)]
+    compared = [
+        c for case in cases for c in compare(case, both, targets=[T2F], distances=distances)
+    ]
+    table = tabulate(score for comparison in compared for score in comparison.scores)
+    assert table.loc[table["kind"] == "floor", "perceptual"].isna().all()
+    assert table.loc[table["kind"] != "floor", "perceptual"].notna().all()
+    summary = summarize(table)
+    assert {"perceptual", "perceptual_low"} <= set(summary.columns)
+    found = differences(table).query("figure == 'perceptual'")
+    assert set(found["method"]) == {"same"}
+    paths = write_tables(table, tmp_path, notes={})
+    record = json.loads(paths[FILES.index("summary.json")].read_text())
+    assert "LPIPS" in record["figures"]["perceptual"]
 
 
 def test_files_hold_the_tables_and_the_json_has_no_infinity(
