@@ -11,6 +11,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+BROWSER := $(VENV)/browser
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -24,7 +25,7 @@ env: $(INSTALLED)  ## make .venv with everything in it
 demo: $(INSTALLED)  ## synthesize the missing FLAIR of a simulated case and draw the comparison
 	@$(BIN)/python examples/demo.py
 
-test: $(INSTALLED)  ## run all tests
+test: $(INSTALLED) $(BROWSER)  ## run all tests
 	@$(BIN)/python -m pytest
 
 lint: $(INSTALLED)  ## style and types
@@ -70,3 +71,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PIP) install --quiet --constraint constraints.txt --no-build-isolation \
 	    --editable '.[simulate,evaluate,train,dev]'
 	@touch $@
+
+# Reports are tested in a browser: one on PATH, or the one that npm has, unpacked into .venv.
+$(BROWSER): tools/chromium.sh $(INSTALLED)
+	@if { command -v chromium || command -v google-chrome || sh tools/chromium.sh $(VENV); } \
+	    >$(VENV)/browser.log 2>&1; then touch $@; \
+	else echo "Found no Chromium (see $(VENV)/browser.log): reports are not tested in a browser."; fi

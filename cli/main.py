@@ -29,6 +29,7 @@ COMMANDS = {
     "doctor": (".doctor:doctor", "Say in words what is wrong with a training run."),
     "simulate": (".simulate:simulate", "Write simulated cases with known truth."),
     "evaluate": (".evaluate:evaluate", "Compare a model with simpler predictions."),
+    "report": (".report:report", "Make one page that shows an evaluation."),
     "overlap": (".overlap:overlap", "Compare segmentations with the truth."),
     "calibrate": (".calibrate:calibrate", "Measure what the spread of samples is worth."),
     "models": (".models:models", "List, inspect, convert and download models."),

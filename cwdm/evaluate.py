@@ -38,7 +38,7 @@ from cwdm.provenance import read_interval
 from cwdm.segmentation import Labels, brats_labels
 from cwdm.significance import METHODS, intervals, paired
 from cwdm.uncertainty import Uncertainty, agreement, in_units_of
-from cwdm.volume import Volume, acquired, brain_mask, read_labels, read_volumes
+from cwdm.volume import Volume, acquired, brain_mask, read_labels, read_map, read_volumes
 
 if TYPE_CHECKING:
     from cwdm.synthesis import Synthesis  # loads torch, which no comparison needs
@@ -407,17 +407,13 @@ class Predictions:
             KeyError: it is not there.
         """
         path = self.paths[case.id, target]
-        like = next(iter(case.images))
-
-        def read(image: Path) -> Voxels:
-            filled = replace(case, images={**case.images, target: image})
-            return read_volumes(filled, [like, target])[target].voxels
-
-        voxels, interval = read(path), read_interval(path)
+        filled = replace(case, images={**case.images, target: path})
+        image = read_volumes(filled, [next(iter(case.images)), target])[target]
+        voxels, interval = image.voxels, read_interval(path)
         if interval is None:
             return Prediction(voxels)
         std, low, high = (
-            read(path.with_name(interval.files[kind])) for kind in ("std", "low", "high")
+            read_map(path.with_name(interval.files[kind]), image) for kind in ("std", "low", "high")
         )
         uncertainty = Uncertainty.within(voxels, std, low, high, coverage=interval.coverage)
         return Prediction(voxels, uncertainty, interval.calibrated)

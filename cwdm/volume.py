@@ -117,6 +117,17 @@ def read_labels(path: Path, like: Volume) -> NDArray[np.int32]:
     return labels.astype(np.int32)
 
 
+def read_map(path: Path, like: Volume) -> NDArray[np.float32]:
+    """Read an image (X, Y, Z) on the grid of `like` that may be the same everywhere.
+
+    Raises:
+        InputError: as `read_volume` for all else; another grid than `like`.
+    """
+    volume = _read(path)
+    _check_same_grid(like, volume)
+    return volume.voxels
+
+
 def read_volumes(case: Case, modalities: Iterable[Modality]) -> dict[Modality, Volume]:
     """Read some modalities of a case, which have to lie on one grid.
 

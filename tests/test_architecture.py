@@ -18,9 +18,18 @@ MODULES.pop("__init__")
 # A module imports from its own row and the rows below. The tensor row never opens a file.
 ROWS = {
     "cohorts": {"cohort", "executors", "handoff", "imputation"},
-    "jobs": {"diagnosis", "endless", "engine", "evaluate", "external", "fidelity", "floors"}
-    | {"generation", "montage", "msnet", "overlap", "segmenters", "segnet", "simulate"}
-    | {"synthesis", "train", "validation"},
+    "jobs": {
+        "answers",
+        "calibration",
+        "diagnosis",
+        "endless",
+        "engine",
+        "evaluate",
+        "external",
+        "fidelity",
+    }
+    | {"floors", "generation", "montage", "msnet", "overlap", "perceptual", "report", "segmenters"}
+    | {"segnet", "simulate", "synthesis", "train", "validation"},
     "files and records": {"alignment", "anatomy", "cache", "case", "checkpoints", "checks"}
     | {"compat", "config", "dataset", "dicom", "files", "hub", "intensity", "layouts", "ledger"}
     | {
@@ -30,6 +39,7 @@ ROWS = {
         "provenance",
         "run",
         "segmentation",
+        "significance",
         "spoilt",
         "volume",
     },
@@ -38,6 +48,7 @@ ROWS = {
         "conditioning",
         "denoiser",
         "diffusion",
+        "fast",
         "flow",
         "losses",
         "memory",
@@ -58,7 +69,7 @@ ROW_OF = {module: depth for depth, modules in enumerate(ROWS.values()) for modul
 HOMES = {
     "nibabel": {"volume"},
     "torchio": {"dataset"},
-    "pandas": {"cohort", "evaluate", "handoff", "imputation", "overlap"},
+    "pandas": {"cohort", "evaluate", "handoff", "imputation", "answers", "overlap", "significance"},
     "ray": {"executors"},
     "submitit": {"executors"},
     "nilearn": {"anatomy"},
@@ -66,6 +77,7 @@ HOMES = {
     "huggingface_hub": {"hub"},
     "pywt": {"wavelet"},
     "SimpleITK": {"dicom"},
+    "jinja2": {"report"},
     "accelerate": {"train", "validation"},
     "onnxruntime": {"segmenters"},
     "nnunetv2": {"external"},

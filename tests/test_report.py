@@ -1,0 +1,611 @@
+"""Reports: what they say of tables whose verdict is known, and how they behave in a browser."""
+
+import base64
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from numpy.typing import NDArray
+from PIL import Image
+from playwright.sync_api import Page, expect, sync_playwright
+from scipy import ndimage, stats
+
+from cwdm.answers import Run, Subject, answers
+from cwdm.case import Case, find_cases
+from cwdm.cli.main import cwdm
+from cwdm.errors import InputError
+from cwdm.evaluate import ERASED, summarize
+from cwdm.metrics import RANGE_QUANTILES
+from cwdm.modality import Modality
+from cwdm.montage import WINDOW
+from cwdm.report import FOLDER, LABEL_STEP, Picture, picture, write_report
+from cwdm.volume import Volume, brain_mask, read_labels, read_volume, write_volume
+
+MARK = "cwdm 0 SYNTHETIC t2f, not acquired; research use only"
+
+
+def invoke(*words: object) -> Any:
+    return CliRunner().invoke(cwdm, [str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def run(simulated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two modalities of four cases: the truth, with noise that grows from case to case.
+
+    FLAIR has an interval whose record names one region: voxels (3, 4, 5) to (6, 7, 8) of the file.
+    """
+    root = tmp_path_factory.mktemp("judged")
+    rng = np.random.default_rng(0)
+    for number, case in enumerate(find_cases(simulated)):
+        for modality in (Modality.T1C, Modality.T2F):
+            truth = read_volume(case.images[modality])
+            noise = ndimage.gaussian_filter(rng.normal(size=truth.voxels.shape), 1.5)
+            noise *= (number + 1) * 0.08 * truth.voxels.max() / noise.std()
+            voxels = np.where(brain_mask(truth), truth.voxels + noise, 0).astype(np.float32)
+            path = root / "predictions" / f"{case.id}-{modality}.nii.gz"
+            write_volume(voxels, truth, path, description=MARK)
+            if modality is Modality.T2F:
+                sampled(voxels, truth, path)
+    result = invoke("evaluate", "--truth", simulated, "--pred", root / "predictions",
+                    "--output", root / "run")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    return root / "run"
+
+
+def sampled(voxels: NDArray[np.float32], truth: Any, path: Path) -> None:
+    """Maps and a record beside a prediction."""
+    stem = path.name.removesuffix(".nii.gz")
+    spread = np.where(voxels, 10, 0).astype(np.float32)
+    files = {kind: f"{stem}-{kind}.nii.gz" for kind in ("std", "low", "high")}
+    for kind, sign in (("std", None), ("low", -1), ("high", 1)):
+        image = spread if sign is None else voxels + sign * spread
+        write_volume(image, truth, path.with_name(files[kind]), description=MARK)
+    interval = {
+        "coverage": 0.8, "calibrated": False, "q": 1.28, "floor": 0.0, "files": files, "wide": 0.25,
+        "regions": [{"voxels": 64, "first": [3, 4, 5], "last": [6, 7, 8]}],
+    }  # fmt: skip
+    record = {
+        "synthetic": True, "interval": interval, "warnings": ["Something <b>to know</b>."],
+        "model": {"name": "m.safetensors"}, "inputs": {"t1n": {}, "t2w": {}},
+        "samples": 3, "seed": 7,
+    }  # fmt: skip
+    path.with_name(f"{stem}.json").write_text(json.dumps(record))
+
+
+@pytest.fixture(scope="module")
+def report(run: Path) -> Path:
+    """The report of the run, volumes of three of its four cases."""
+    result = invoke("report", run, "--volumes", 3, "--title", "Four <cases>")
+    assert result.exit_code == 0, result.output
+    assert f"Written to {run / 'report.html'}" in result.output
+    return run / "report.html"
+
+
+def table(
+    ours: float, floor: float, *, cases: int, erased: float | None = None, modality: str = "t2f"
+) -> Run:
+    """A run of these PSNR; ours is 0.3 dB higher or lower from case to case."""
+    rows = []
+    methods = {"ours": ("model", ours), "copy t2w": ("floor", floor)}
+    if erased is not None:
+        methods[ERASED] = ("spoilt truth", erased)
+    for number in range(cases):
+        for region in ("brain", "healthy", *(("WT", "ET") if erased is not None else ())):
+            for method, (kind, psnr) in methods.items():
+                value = psnr + 0.3 * (-1) ** number * (method == "ours")
+                rows.append(
+                    {
+                        "case": str(number), "modality": modality, "method": method, "kind": kind,
+                        "protocol": "aligned", "region": region, "voxels": 100, "psnr": value,
+                        "ssim": value / 40, "mae": 1 / value, "ms_ssim": 0.5, "mse": 1 / value**2,
+                        "ncc": 0.5,
+                    }
+                )  # fmt: skip
+    frame = pd.DataFrame(rows)
+    record = {"methods": ["ours"], "summary": summarize(frame).to_dict("records")}
+    predictions = {Modality(modality): Path("x.nii.gz")}
+    subjects = [Subject(Case(str(number), {}), predictions) for number in range(cases)]
+    return Run(Path("run"), record, frame, pd.DataFrame(), subjects)
+
+
+@pytest.mark.parametrize(
+    ("ours", "floor", "cases", "expected"),
+    [
+        (20, 18, 8, "Better"),
+        (18, 20, 8, "Not better"),
+        (20, 18, 4, "Not shown"),  # Wilcoxon's smallest p of four cases is 1/8
+        (20.1, 20, 8, "Not shown"),  # ahead in the mean, not in every case
+    ],
+)
+def test_quality_is_claimed_only_where_a_test_shows_it(
+    ours: float, floor: float, cases: int, expected: str
+) -> None:
+    found = table(ours, floor, cases=cases)
+    (finding,) = answers(found)[0].findings
+    assert finding.answer == expected
+    assert finding.figure == f"{ours:.1f} dB"
+    wide = found.scores.query("region == 'brain'").pivot(
+        index="case", columns="method", values="psnr"
+    )
+    p = stats.wilcoxon(wide["ours"], wide["copy t2w"]).pvalue
+    assert f"p = {p:.2g}" in finding.text.replace("\xa0", " ")
+
+
+@pytest.mark.parametrize(
+    ("erased", "modality", "expected"),
+    [
+        (None, "t2f", "Not measured"),
+        (15, "t2f", "With care"),
+        (25, "t2f", "No"),  # an image without the tumor scores higher in it
+        (15, "t1c", "Not enhancement"),
+        (25, "t1c", "No"),
+        (None, "t1c", "Not measured"),
+    ],
+)
+def test_the_tumor_is_never_simply_trusted(
+    erased: float | None, modality: str, expected: str
+) -> None:
+    (finding,) = answers(table(20, 18, cases=8, erased=erased, modality=modality))[2].findings
+    assert finding.answer == expected
+    assert ("Enhancement" in finding.warning) == (modality == "t1c")
+    if erased == 25:
+        assert "the truth with its tumor erased has 25.0" in finding.text
+
+
+def test_the_worst_image_and_region_are_named_first(run: Path) -> None:
+    found = Run.read(run)
+    worst, *others = answers(found)[1].findings
+    ours = found.scores.query("method == 'cwdm' and region == 'brain'")
+    lowest = min(ours.to_dict("records"), key=lambda row: row["psnr"])
+    assert (worst.subject, worst.figure) == (lowest["case"], f"{lowest['psnr']:.1f} dB")
+    assert unquote(worst.link) == f"#case/{lowest['case']}/{lowest['modality']}"
+    assert found.subjects[0].case.id == worst.subject
+    means = found.scores.query("method == 'cwdm' and modality == 't2f'")
+    tumor = means.groupby("region")["mae"].mean()[["healthy", "WT", "TC", "ET"]]
+    assert f"{100 * tumor.max():.1f} %" in [finding.figure for finding in others]
+
+
+def unpack(made: Picture, key: str) -> NDArray[np.uint8]:
+    """The browser's part: (x, y, z) from a mosaic of axial slices."""
+    file = io.BytesIO(base64.b64decode(made.volumes[key]))
+    mosaic = np.asarray(Image.open(file).convert("L"))
+    x, y, z = made.box["shape"]
+    columns = made.box["columns"]
+    tiles = [mosaic[i // columns * y :, i % columns * x :][:y, :x].T for i in range(z)]
+    return np.stack(tiles, axis=2)
+
+
+def expected(subject: Subject, made: Picture) -> tuple[list[NDArray[Any]], float]:
+    """FLAIR, acquired and predicted, in shares of the window, and the window's share of the range.
+
+    Both (x, y, z) in the box of the picture, by another least squares than the report's.
+    """
+    truth = read_volume(subject.case.images[Modality.T2F])
+    predicted = read_volume(subject.predictions[Modality.T2F]).voxels
+    brain = brain_mask(truth)
+    low, high = np.quantile(truth.voxels[brain], WINDOW)
+    bottom, top = np.quantile(truth.voxels[brain], RANGE_QUANTILES)
+    slope, offset = np.polyfit(predicted[brain], truth.voxels[brain], 1)
+    images = [
+        np.where(brain, ((voxels - low) / (high - low)).clip(0, 1), 0)[box_of(truth, made)]
+        for voxels in (truth.voxels, slope * predicted + offset)
+    ]
+    return images, (high - low) / (top - bottom)
+
+
+def box_of(truth: Volume, made: Picture) -> tuple[slice, ...]:
+    """Where the volumes of a picture lie in the image."""
+    start = np.linalg.inv(truth.affine) @ np.array(made.box["affine"])[:, 3]
+    return tuple(
+        slice(round(a), round(a) + n) for a, n in zip(start, made.box["shape"], strict=False)
+    )
+
+
+def test_the_volumes_are_the_images_in_the_window_of_the_truth(run: Path) -> None:
+    found = Run.read(run)
+    subject = found.subjects[0]
+    made = picture(found, subject)
+    images, width = expected(subject, made)
+    stored = [unpack(made, key) / 255 for key in ("t2f", "t2f-synthetic")]
+    for image, there in zip(images, stored, strict=True):
+        assert np.sqrt(np.mean((image - there) ** 2)) < 0.03
+    (page,) = [page for page in made.pages if page.modality is Modality.T2F]
+    assert page.view["width"] == pytest.approx(width, rel=1e-4)
+    shown = np.abs(stored[1] - stored[0]).mean()
+    assert shown == pytest.approx(np.abs(images[1] - images[0]).mean(), rel=0.1)
+
+
+def test_the_labels_survive_and_no_brain_is_cut_off(run: Path) -> None:
+    found = Run.read(run)
+    subject = found.subjects[0]
+    made = picture(found, subject)
+    truth = read_volume(subject.case.images[Modality.T2F])
+    assert subject.case.segmentation is not None
+    labels = read_labels(subject.case.segmentation, truth)
+    box = box_of(truth, made)
+    assert (np.rint(unpack(made, "labels") / LABEL_STEP) == labels[box]).all()
+    assert brain_mask(truth).sum() == brain_mask(truth)[box].sum()
+
+
+@pytest.mark.slow
+def test_a_real_case_takes_little_room_and_keeps_its_error(shared: Path, run: Path) -> None:
+    """T2 in place of FLAIR: a prediction with errors of every kind."""
+    case = find_cases(shared / "data" / "val")[0]
+    subject = Subject(case, {Modality.T2F: case.images[Modality.T2W]})
+    made = picture(Run.read(run), subject)
+    assert sum(map(len, made.volumes.values())) < 4e6
+    images, _ = expected(subject, made)
+    error = np.abs(images[1] - images[0]).mean()
+    stored = [unpack(made, key) / 255 for key in ("t2f", "t2f-synthetic")]
+    assert np.abs(stored[1] - stored[0]).mean() == pytest.approx(error, rel=0.03)
+
+
+def test_a_region_not_to_be_trusted_is_where_the_file_has_it(run: Path) -> None:
+    found = Run.read(run)
+    subject = found.subjects[0]
+    made = picture(found, subject, volumes=False)
+    assert made.volumes == {}
+    (page,) = [page for page in made.pages if page.modality is Modality.T2F]
+    (region,) = page.view["regions"]
+    volume = read_volume(subject.predictions[Modality.T2F])
+    stored = volume.header.get_best_affine()
+    shown = np.array(made.box["affine"])
+    there = np.array([stored @ [*corner, 1] for corner in ((3, 4, 5), (6, 7, 8))])  # mm
+    here = np.array([shown @ [*region[end], 1] for end in ("first", "last")])
+    np.testing.assert_allclose(np.sort(here, axis=0), np.sort(there, axis=0), atol=1e-3)
+
+
+def test_the_row_of_a_page_holds_what_was_measured(run: Path) -> None:
+    found = Run.read(run)
+    made = picture(found, found.subjects[0], volumes=False)
+    page = next(page for page in made.pages if page.modality is Modality.T2F)
+    scores = found.scores.query(f"case == '{made.case}' and modality == 't2f'")
+    for row in page.rows:
+        there = scores.query(f"region == '{row.region}'").set_index("method")
+        assert row.psnr == there.loc["cwdm", "psnr"]
+        assert row.rival_psnr == there.query("kind == 'floor'")["psnr"].max()
+        assert row.erased_psnr == there.loc[ERASED, "psnr"]
+    assert page.warnings == ["Something <b>to know</b>."]
+    assert page.made == "Made from t1n, t2w by m.safetensors, mean of 3 samples, seed 7."
+    titles = [(panel.title, panel.kind) for panel in page.panels]
+    assert titles == [
+        ("T1", "acquired"), ("T1 contrast", "acquired"), ("T2", "acquired"),
+        ("FLAIR", "synthetic"), ("FLAIR", "truth"), ("Error", "error"), ("Deviation", "deviation"),
+    ]  # fmt: skip
+
+
+def test_it_needs_nothing_but_itself(report: Path) -> None:
+    text = report.read_text("utf-8")
+    niivue = re.search(r'id="niivue">([^<]+)<', text)
+    assert niivue is not None
+    assert gzip.decompress(base64.b64decode(niivue[1])) == (FOLDER / "niivue.umd.js").read_bytes()
+    loaded = re.findall(
+        r"""<(?:script|img|link|iframe|source)[^>]*?(?:src|href)=["'](.{5})""", text
+    )
+    assert set(loaded) == {"data:"}
+    assert "default-src 'none'" in text
+    assert "Four &lt;cases&gt;" in text
+    assert "Something &lt;b&gt;to know" in text
+    assert "Copyright (c) 2021, Niivue" in text
+
+
+def test_the_viewer_is_the_one_that_is_pinned() -> None:
+    pin = json.loads((FOLDER / "niivue.json").read_text())
+    script = (FOLDER / Path(pin["file"]).name).read_bytes()
+    assert hashlib.sha256(script).hexdigest() == pin["sha256"]
+    assert pin["version"] in pin["tarball"]
+    assert pin["version"] in (FOLDER / "niivue.LICENSE.txt").read_text()
+
+
+def test_one_case_at_a_time_is_in_memory(run: Path, tmp_path: Path) -> None:
+    """The file grows while cases are read: what was read before is written already."""
+    sizes = []
+
+    def look() -> None:
+        (unfinished,) = tmp_path.glob(".cwdm-*")
+        sizes.append(unfinished.stat().st_size)
+
+    write_report(Run.read(run), tmp_path / "report.html", progress=look)
+    assert len(sizes) == 4
+    assert sizes[0] < sizes[1] < sizes[2] < sizes[3] < (tmp_path / "report.html").stat().st_size
+
+
+def test_completed_cases_have_a_report_that_measures_nothing(run: Path, tmp_path: Path) -> None:
+    subject = Run.read(run).subjects[0]
+    folder = tmp_path / "completed" / subject.case.id
+    folder.mkdir(parents=True)
+    for modality in (Modality.T1N, Modality.T1C, Modality.T2W):
+        shutil.copy(subject.case.images[modality], folder)
+    made = subject.predictions[Modality.T2F]
+    for path in made.parent.glob(made.name.removesuffix(".nii.gz") + "*"):
+        shutil.copy(path, folder)
+    result = invoke("report", tmp_path / "completed")
+    assert result.exit_code == 0, result.output
+    found = Run.read(tmp_path / "completed")
+    assert [answer.findings[0].answer for answer in answers(found)] == [
+        "Not measured", "", "Not measured",
+    ]  # fmt: skip
+    assert answers(found)[1].findings[0].figure == "25 %"
+    page = picture(found, found.subjects[0]).pages[0]
+    assert [panel.kind for panel in page.panels] == [*["acquired"] * 3, "synthetic", "deviation"]
+    text = (tmp_path / "completed" / "report.html").read_text("utf-8")
+    assert "nothing was measured" in text
+
+
+def test_what_cannot_be_shown_is_one_line(
+    run: Path, report: Path, tmp_path: Path, make_case: Callable[..., Path]
+) -> None:
+    result = invoke("report", run)
+    assert result.exit_code == 2
+    assert f"{report}: already exists" in result.stderr
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty: no summary.json and no completed case, expected"):
+        Run.read(tmp_path / "empty")
+    with pytest.raises(InputError, match=r"case: no case has a synthetic image"):
+        Run.read(make_case())
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "summary.json").write_text("{}")
+    with pytest.raises(InputError, match=r"metrics.csv: not there, expected a run of"):
+        Run.read(broken)
+    shutil.copy(run / "metrics.csv", broken)
+    with pytest.raises(InputError, match=r"summary.json: not a run that can be shown"):
+        Run.read(broken)
+    record = json.loads((run / "summary.json").read_text())
+    gone = record["images"][0]["predictions"]["cwdm"]
+    gone["t2f"] = "elsewhere/x-t2f.nii.gz"
+    (broken / "summary.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"x-t2f.nii.gz: cannot be read, No such file"):
+        write_report(Run.read(broken), tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_has_contrast(theme: str) -> None:
+    """At least 4.5 to 1, level AA of WCAG 2.1, section 1.4.3."""
+    css = (FOLDER / "report.css").read_text()
+    found = re.findall(r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\)", css)
+    colors = {name: light if theme == "light" else dark for name, light, dark in found}
+
+    def luminance(color: str) -> float:
+        shares = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        linear = np.where(shares <= 0.04045, shares / 12.92, ((shares + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    pairs = [(ink, paper) for ink in ("text", "quiet", "accent", "synthetic", "good", "bad")
+             for paper in ("card", "ground")]  # fmt: skip
+    pairs += [(level, f"{level}-soft") for level in ("good", "unsure", "bad")]
+    pairs += [("text", "synthetic-soft"), ("quiet", "synthetic-soft")]
+    for ink, paper in pairs:
+        bright, dim = sorted((luminance(colors[ink]), luminance(colors[paper])), reverse=True)
+        assert (bright + 0.05) / (dim + 0.05) >= 4.5, (theme, ink, paper)
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, with WebGL in software."""
+    here = Path(sys.executable).parent / "chromium"
+    found = os.environ.get("CWDM_CHROMIUM") or (here if here.exists() else None)
+    found = found or shutil.which("chromium") or shutil.which("google-chrome")
+    flags = ["--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+    with sync_playwright() as playwright:
+        found = found or playwright.chromium.executable_path
+        if not Path(found).exists():
+            pytest.skip("no Chromium")
+        chromium = playwright.chromium.launch(executable_path=found, args=flags)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser: Any, report: Path) -> Iterator[Page]:
+    """The report, opened from disk; nothing may be complained of, nor anything else asked for."""
+    context = browser.new_context(viewport={"width": 1280, "height": 800}, color_scheme="light")
+    opened = context.new_page()
+    said: list[str] = []
+    asked: list[str] = []
+    opened.on("console", lambda message: said.append(message.text))
+    opened.on("pageerror", lambda error: said.append(str(error)))
+    opened.on("request", lambda request: asked.append(request.url))
+    opened.goto(report.as_uri())
+    yield opened
+    assert said == []
+    assert {url for url in asked if not url.startswith(("data:", "blob:"))} == {report.as_uri()}
+    context.close()
+
+
+def open_worst(page: Page) -> Any:
+    """The page of the worst image, its panels drawn."""
+    page.locator("#images tbody a").first.click()
+    section = page.locator(".page:target")
+    section.locator("canvas").first.wait_for()
+    return section
+
+
+def pixels(canvas: Any) -> str:
+    return str(canvas.evaluate("canvas => canvas.toDataURL()"))
+
+
+def test_the_answers_are_on_the_first_screen(page: Page) -> None:
+    for question in ("Is it good?", "Where is it bad?", "Can I trust the tumor?"):
+        box = page.get_by_role("heading", name=question).bounding_box()
+        assert box is not None
+        assert box["y"] < 200
+    assert "Enhancement in a synthetic T1c is a guess" in page.locator("#answers").inner_text()
+
+
+def test_slices_change_by_wheel_keys_and_slider(page: Page) -> None:
+    section = open_worst(page)
+    canvases = section.locator("canvas")
+    before = [pixels(canvas) for canvas in canvases.all()]
+    assert len(set(before)) == len(before)
+    canvases.first.hover()
+    page.mouse.wheel(0, 120)
+    expect(section.locator(".where")).not_to_have_text(re.compile(r"^$"))
+    page.wait_for_timeout(100)
+    wheeled = [pixels(canvas) for canvas in canvases.all()]
+    assert all(a != b for a, b in zip(before, wheeled, strict=True))  # all together
+    place = section.locator(".where").inner_text()
+    section.locator(".panels").focus()
+    page.keyboard.press("ArrowUp")
+    assert section.locator(".where").inner_text() != place
+    assert [pixels(canvas) for canvas in canvases.all()] == before
+    section.locator(".slice").focus()
+    page.keyboard.press("ArrowRight")
+    assert pixels(canvases.first) != before[0]
+    label = canvases.first.get_attribute("aria-label")
+    page.keyboard.press("c")
+    assert "coronal slice" in str(canvases.first.get_attribute("aria-label"))
+    assert canvases.first.get_attribute("aria-label") != label
+
+
+def test_outlines_come_and_go(page: Page) -> None:
+    section = open_worst(page)
+    canvas = section.locator(".truth canvas")
+    before = pixels(canvas)
+    page.keyboard.press("o")
+    without = pixels(canvas)
+    assert without != before
+    page.keyboard.press("o")
+    assert pixels(canvas) == before
+
+
+def test_a_region_not_to_be_trusted_can_be_gone_to(page: Page, run: Path) -> None:
+    case = Run.read(run).subjects[0].case.id
+    page.locator(f'#images a[href$="{case}/t2f"]').click()
+    section = page.locator(".page:target")
+    section.locator("canvas").first.wait_for()
+    section.locator(".slice").focus()
+    page.keyboard.press("Home")
+    before = section.locator(".here").inner_text()
+    section.get_by_role("button", name="Region 1").click()
+    assert section.locator(".here").inner_text() != before
+
+
+def test_tables_sort_by_their_heads(page: Page) -> None:
+    def column() -> list[float]:
+        cells = page.locator("#images tbody tr td:nth-child(3)").all_inner_texts()
+        return [float(cell) for cell in cells]
+
+    head = page.locator("#images thead th", has_text="PSNR")
+    assert column() == sorted(column())  # worst first
+    expect(head).to_have_attribute("aria-sort", "ascending")
+    head.get_by_role("button").click()
+    assert column() == sorted(column(), reverse=True)
+    expect(head).to_have_attribute("aria-sort", "descending")
+    page.get_by_role("button", name="Case", exact=False).first.focus()
+    other = page.locator("#images thead th", has_text="Case")
+    other.get_by_role("button").press("Enter")
+    expect(other).to_have_attribute("aria-sort", "ascending")
+    expect(head).to_have_attribute("aria-sort", "none")
+
+
+def test_the_plot_follows_the_choice_and_leads_to_cases(page: Page) -> None:
+    dots = page.locator("#plot .model circle")
+    expect(dots).to_have_count(4)
+    before = page.locator("#plot").get_attribute("aria-label")
+    page.locator("#figure").select_option("ssim")
+    assert page.locator("#plot").get_attribute("aria-label") != before
+    page.locator("#modality").select_option("t2f")
+    label = str(dots.nth(2).get_attribute("aria-label"))
+    dots.nth(2).click(force=True)
+    assert unquote(page.url).endswith(f"#case/{label.split(',')[0]}/t2f")
+
+
+def test_light_and_dark(page: Page) -> None:
+    def ground() -> str:
+        return str(page.evaluate("() => getComputedStyle(document.body).backgroundColor"))
+
+    light = ground()
+    page.locator("#theme").click()
+    assert ground() != light
+    page.reload()
+    assert ground() != light  # remembered
+    page.locator("#theme").click()
+    assert ground() == light
+
+
+def test_every_picture_has_words(page: Page) -> None:
+    def without() -> list[str]:
+        script = """() => [...document.querySelectorAll("img, canvas, svg, [role=img]")].filter(
+            (e) => !e.alt && !e.getAttribute("aria-label") && !e.closest("[aria-hidden=true]")
+        ).map((e) => e.outerHTML.slice(0, 80))"""
+        return list(page.evaluate(script))
+
+    assert without() == []
+    open_worst(page)
+    assert without() == []
+
+
+def test_by_keyboard_alone_from_the_top_to_a_case_and_back(page: Page) -> None:
+    for _ in range(80):
+        page.keyboard.press("Tab")
+        if page.evaluate("() => document.activeElement.matches('#images a')"):
+            break
+    page.keyboard.press("Enter")
+    section = page.locator(".page:target")
+    section.locator("canvas").first.wait_for()
+    assert page.evaluate("() => document.activeElement.matches('.page:target h2')")
+    first = page.url
+    page.keyboard.press("j")
+    expect(page.locator(".page:target")).to_have_count(1)
+    expect(page).not_to_have_url(first)
+    page.keyboard.press("k")
+    expect(page).to_have_url(first)
+    page.keyboard.press("?")
+    expect(page.locator("#help")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#help")).to_be_hidden()
+    page.keyboard.press("Escape")
+    expect(page.locator("#overview")).to_be_visible()
+    link = "#" + first.partition("#")[2]  # the one by which one came
+    expect(page.locator("#images a:focus")).to_have_attribute("href", link)
+
+
+def test_a_case_without_volumes_has_still_pictures(page: Page, run: Path) -> None:
+    best = Run.read(run).subjects[-1].case.id
+    page.locator(f'#images a[href*="{best}"]').first.click()
+    section = page.locator(".page:target")
+    expect(section.locator("img")).not_to_have_count(0)
+    expect(section.locator("canvas")).to_have_count(0)
+    assert "Still pictures" in section.inner_text()
+
+
+@pytest.mark.slow  # draws in software
+def test_the_viewer_draws(page: Page) -> None:
+    open_worst(page)
+    page.get_by_role("button", name="Open in 3D viewer").locator("visible=true").click()
+    page.locator("#viewer-note", has_text="Drag").wait_for()
+    canvas = page.locator("#stage canvas")
+    shots = []
+    for layer in ("labels", "error", ""):
+        page.locator("#over").select_option(layer)
+        page.wait_for_timeout(300)
+        shots.append(np.asarray(Image.open(io.BytesIO(canvas.screenshot())).convert("RGB"), float))
+    assert all(shot.std() > 10 for shot in shots)  # of 255: not blank
+    assert np.abs(shots[0] - shots[1]).mean() > 1
+    assert np.abs(shots[1] - shots[2]).mean() > 1
+    assert "synthetic" in str(canvas.get_attribute("aria-label"))
+    page.keyboard.press("Escape")
+    expect(canvas).to_have_count(0)
+
+
+def test_it_prints_the_summary_and_a_page_for_each_image(page: Page) -> None:
+    pdf = page.pdf(prefer_css_page_size=True)
+    assert len(re.findall(rb"/Type\s*/Page\b", pdf)) >= 2 + 8
