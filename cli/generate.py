@@ -24,15 +24,6 @@ ROWS = 8
 """Samples in the picture, at most."""
 
 
-def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    words = value.split(",")
-    if len(words) not in (1, 3) or not all(word.strip().isdecimal() for word in words):
-        raise click.BadParameter(f"{value!r} is not a size, expected 128 or X,Y,Z", ctx, param)
-    return tuple(int(word) for word in words) * (3 // len(words))
-
-
 @click.command()
 @click.option(
     "--model",
@@ -51,7 +42,10 @@ def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> tupl
     help="Number of the first one: splits a run.",
 )
 @click.option(
-    "--size", callback=_size, metavar="N|X,Y,Z", help="Voxels per axis. [default: the model's]"
+    "--size",
+    callback=options.size,
+    metavar="N|X,Y,Z",
+    help="Voxels per axis. [default: the model's]",
 )
 @click.option("--target", help="Which sequence, for a model that makes several.")
 @click.option(

@@ -32,6 +32,7 @@ COMMANDS = {
     "report": (".report:report", "Make one page that shows an evaluation."),
     "overlap": (".overlap:overlap", "Compare segmentations with the truth."),
     "calibrate": (".calibrate:calibrate", "Measure what the spread of samples is worth."),
+    "bench": (".bench:bench", "Measure how fast it is on this machine."),
     "models": (".models:models", "List, inspect, convert and download models."),
 }
 """Name -> where it is, what it does."""

@@ -75,3 +75,13 @@ sampler = click.option(
     "--sampler",
     help="ddpm, ddim, dpm++2m, euler, heun or one-step. [default: the model's]",
 )
+
+
+def size(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Voxels along X, Y, Z, of one number or three: a callback."""
+    if value is None:
+        return None
+    words = value.split(",")
+    if len(words) not in (1, 3) or not all(word.strip().isdecimal() for word in words):
+        raise click.BadParameter(f"{value!r} is not a size, expected 128 or X,Y,Z", ctx, param)
+    return tuple(int(word) for word in words) * (3 // len(words))

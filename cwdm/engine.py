@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cwdm.config import Config, Sampling
 from cwdm.errors import InputError
+from cwdm.fast import accelerated
 from cwdm.intensity import NORMALIZATIONS
 from cwdm.model import Model
 from cwdm.sampling import SAMPLERS, Draw, ddim
@@ -28,15 +29,25 @@ TURN = threading.Lock()
 
 
 class Engine:
-    """A model, loaded once, that runs chains."""
+    """A model, loaded once, that runs chains.
 
-    def __init__(self, model: Model, *, device: str = "auto", precision: Precision = "auto"):
+    Args:
+        reference: compute the network plainly, as published, in float32: to compare with.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        device: str = "auto",
+        precision: Precision = "auto",
+        reference: bool = False,
+    ):
         self.model = model
         self.device = choose_device(device)
-        self.bf16 = choose_bf16(precision, self.device)
-        self.denoiser = model.denoiser.to(self.device)
-        if self.bf16:
-            self.denoiser.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        self.bf16 = not reference and choose_bf16(precision, self.device)
+        plain = model.denoiser.to(self.device)
+        self.denoiser = plain if reference else accelerated(plain, bf16=self.bf16)
 
     def settings(
         self, sampler: str | None = None, steps: int | tuple[int, ...] | None = None
@@ -92,9 +103,8 @@ class Engine:
             times = torch.full((len(x_t),), t, device=x_t.device)
             shown = times if told is None else torch.full_like(times, told)
             labels = None if label is None else torch.full_like(times, label)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                output: Tensor = self.denoiser(x_t, shown, cond, labels)
-            estimate = self.denoiser.x_0(output.float(), x_t, times, cond)
+            output: Tensor = self.denoiser(x_t, shown, cond, labels)
+            estimate = self.denoiser.x_0(output, x_t, times, cond)
             return config.transform.clamp(estimate, low, high) if settings.clamp else estimate
 
         times = config.process.timesteps(settings.steps, settings.spacing)
@@ -129,4 +139,4 @@ def choose_bf16(precision: Precision, device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     # since torch 2.9; before, bfloat16 has to be asked for
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("amx_bf16", False))
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))

@@ -7,7 +7,6 @@ names of the published checkpoints, so that those load without a mapping.
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -62,6 +61,14 @@ class UNetConfig:
         """Every axis of the coefficient grid must be a multiple of this."""
         return int(2 ** (len(self.multipliers) - 1))
 
+    def check(self, x: Tensor) -> None:
+        """ValueError if an axis of (B, C, X, Y, Z) that is resampled cannot be halved so often."""
+        if any(n % self.divisor for n in x.shape[2 if self.resample_x else 3 :]):
+            raise ValueError(
+                f"coefficient grid {tuple(x.shape[2:])}: every axis must be a multiple of "
+                f"{self.divisor} for {len(self.multipliers)} levels"
+            )
+
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """Sinusoidal embedding, cosines first: t (B,) -> (B, dim) (Vaswani et al. 2017)."""
@@ -72,7 +79,11 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tens
 
 
 class ResBlock(nn.Module):
-    """(B, C, ...), (B, E) -> (B, out_channels, ...), on the same grid or a resampled one."""
+    """(B, C, ...), (B, E) -> (B, out_channels, ...), on the same grid or a resampled one.
+
+    Args:
+        factors: average over so many voxels along each axis, or repeat them if it grows.
+    """
 
     def __init__(
         self,
@@ -80,11 +91,13 @@ class ResBlock(nn.Module):
         out_channels: int,
         embedding: int,
         config: UNetConfig,
-        resample: Callable[[Tensor], Tensor] | None = None,
+        factors: tuple[int, int, int] | None = None,
+        grows: bool = False,
     ):
         super().__init__()
         self.scale_shift = config.scale_shift
-        self.resample = resample
+        self.factors = factors
+        self.grows = grows
         self.in_layers = nn.Sequential(
             nn.GroupNorm(config.groups, in_channels),
             nn.SiLU(),
@@ -108,11 +121,16 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         norm, activation, conv = self.in_layers
         h = activation(norm(x))
-        if self.resample is not None:
-            h, x = self.resample(h), self.resample(x)
+        h, x = self.resample(h), self.resample(x)
         h = conv(h)  # one tensor less at the peak than in one expression with what follows
         h = self.tell(h, embedding)
         return self.skip_connection(x) + h  # type: ignore[no-any-return]
+
+    def resample(self, x: Tensor) -> Tensor:
+        """On the grid of the output."""
+        if self.factors is None:
+            return x
+        return _nearest(x, self.factors) if self.grows else F.avg_pool3d(x, self.factors)
 
     def tell(self, h: Tensor, embedding: Tensor) -> Tensor:
         """The second half: features (B, out_channels, ...) learn the time (B, E)."""
@@ -193,13 +211,12 @@ class UNet(nn.Module):
 
         def down(channels: int) -> nn.Module:
             if config.resample_in_blocks:
-                pool = partial(F.avg_pool3d, kernel_size=factors)
-                return block(channels, channels, resample=pool)
+                return block(channels, channels, factors=factors)
             return Downsample(channels, factors)
 
         def up(channels: int) -> nn.Module:
             if config.resample_in_blocks:
-                return block(channels, channels, resample=partial(_nearest, factors=factors))
+                return block(channels, channels, factors=factors, grows=True)
             return Upsample(channels, factors)
 
         def stage(in_channels: int, out_channels: int, level: int) -> Stage:
@@ -259,12 +276,7 @@ class UNet(nn.Module):
         Raises:
             ValueError: if a resampled axis is not a multiple of ``config.divisor``.
         """
-        size = x.shape[2 if self.config.resample_x else 3 :]
-        if any(n % self.config.divisor for n in size):
-            raise ValueError(
-                f"coefficient grid {tuple(x.shape[2:])}: every axis must be a multiple of "
-                f"{self.config.divisor} for {len(self.config.multipliers)} levels"
-            )
+        self.config.check(x)
         embedding = self.time_embed(timestep_embedding(t, self.config.channels))
         if self.config.classes:
             embedding = embedding + self.label_emb(label)

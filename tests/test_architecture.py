@@ -18,18 +18,9 @@ MODULES.pop("__init__")
 # A module imports from its own row and the rows below. The tensor row never opens a file.
 ROWS = {
     "cohorts": {"cohort", "executors", "handoff", "imputation"},
-    "jobs": {
-        "answers",
-        "calibration",
-        "diagnosis",
-        "endless",
-        "engine",
-        "evaluate",
-        "external",
-        "fidelity",
-    }
-    | {"floors", "generation", "montage", "msnet", "overlap", "perceptual", "report", "segmenters"}
-    | {"segnet", "simulate", "synthesis", "train", "validation"},
+    "jobs": {"answers", "bench", "calibration", "diagnosis", "endless", "engine", "evaluate"}
+    | {"external", "fidelity", "floors", "generation", "montage", "msnet", "overlap", "perceptual"}
+    | {"report", "segmenters", "segnet", "simulate", "synthesis", "train", "validation"},
     "files and records": {"alignment", "anatomy", "cache", "case", "checkpoints", "checks"}
     | {"compat", "config", "dataset", "dicom", "files", "hub", "intensity", "layouts", "ledger"}
     | {

@@ -1,0 +1,209 @@
+"""The fast network is the plain one, with fewer operations."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cwdm.case import find_cases
+from cwdm.denoiser import Denoiser
+from cwdm.diffusion import Diffusion
+from cwdm.engine import Engine, choose_bf16
+from cwdm.fast import FastUNet, accelerated, transposed
+from cwdm.memory import footprint
+from cwdm.metrics import psnr
+from cwdm.modality import Modality
+from cwdm.model import load_model
+from cwdm.synthesis import Synthesizer
+from cwdm.unet import UNet, UNetConfig
+from cwdm.volume import brain_mask, read_volumes
+from cwdm.wavunet import WavUNet, WavUNetConfig
+
+SMALL = UNetConfig(channels=16, multipliers=(1, 2), res_blocks=1, groups=8)
+VARIANTS = {
+    "published": SMALL,
+    "three levels": replace(SMALL, multipliers=(1, 2, 2), res_blocks=2),
+    "averaged skips": replace(SMALL, additive_skips=True),
+    "scale and shift": replace(SMALL, scale_shift=True),
+    "two axes": replace(SMALL, resample_x=False),
+    "attention": replace(SMALL, attention_factors=(2,), middle_attention=True, heads=2),
+    "own resampling": replace(SMALL, resample_in_blocks=False),
+    "own resampling of two axes": replace(SMALL, resample_in_blocks=False, resample_x=False),
+    "labels": replace(SMALL, classes=3),
+}
+
+
+def network(config: UNetConfig, channels: int = 32) -> UNet:
+    """With random weights everywhere, also where a new one has zeros."""
+    torch.manual_seed(0)
+    unet = UNet(config, channels)
+    for parameter in unet.parameters():
+        if parameter.ndim > 1:
+            nn.init.kaiming_uniform_(parameter, a=2)
+        else:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return unet.eval()
+
+
+def inputs(config: UNetConfig, batch: int = 2) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, 32, 8, 12, 4, generator=generator)
+    t = torch.tensor([3, 500])[:batch]
+    label = (torch.tensor([0, 2])[:batch],) if config.classes else ()
+    return x, t, *label
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    size=st.tuples(*[st.integers(1, 5)] * 3),
+    channels=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    factors=st.tuples(*[st.sampled_from([1, 2])] * 3),
+    seed=st.integers(0, 9),
+)
+def test_repeating_and_convolving_is_one_transposed_convolution(
+    size: tuple[int, int, int],
+    channels: tuple[int, int],
+    factors: tuple[int, int, int],
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, channels[0], *size, generator=generator, dtype=torch.float64)
+    weight = torch.randn(
+        channels[1], channels[0], 3, 3, 3, generator=generator, dtype=torch.float64
+    )
+    repeated = x
+    for axis, factor in enumerate(factors, start=2):
+        repeated = repeated.repeat_interleave(factor, axis)
+    expected = F.conv3d(repeated, weight, padding=1)
+    found = F.conv_transpose3d(x, transposed(weight, factors), stride=factors, padding=1)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.inference_mode()
+def test_it_is_the_same_network(name: str) -> None:
+    config = VARIANTS[name]
+    plain, given = network(config), inputs(config)
+    expected = plain(*given)
+    assert error(FastUNet(plain)(*given), expected) < 1e-5
+    half = FastUNet(plain, torch.bfloat16)(*given)
+    assert half.dtype == torch.float32
+    assert error(half, expected) < 2e-2
+
+
+@pytest.mark.parametrize("name", ["u16_add_in8", "u16_attn_film_conv", "u16_cat_in32"])
+@torch.inference_mode()
+def test_it_meets_the_numbers_of_the_published_network(
+    golden: Callable[[str], dict[str, NDArray[np.float32]]],
+    golden_unet: Callable[[str], UNet],
+    name: str,
+) -> None:
+    numbers = {key: torch.from_numpy(value) for key, value in golden(f"unet_{name}").items()}
+    fast = FastUNet(golden_unet(name))
+    for case in "ab":
+        found = fast(numbers[f"x_{case}"], numbers[f"t_{case}"])
+        torch.testing.assert_close(found, numbers[f"y_{case}"], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", [UNet, lambda *given: FastUNet(UNet(*given))])
+def test_a_grid_that_cannot_be_halved_is_refused(kind: Callable[..., nn.Module]) -> None:
+    with pytest.raises(ValueError, match="multiple of 2"):
+        kind(SMALL, 8)(torch.zeros(1, 8, 4, 4, 5), torch.tensor([0]))
+
+
+def test_weights_in_float32_are_not_copied() -> None:
+    plain = network(SMALL)
+    mine = {tensor.data_ptr() for tensor in plain.parameters()}
+    fast = FastUNet(plain)
+    tensors = [*fast.parameters(), *fast.buffers()]
+    copied = [tensor for tensor in tensors if tensor.data_ptr() not in mine]
+    assert [tuple(tensor.shape) for tensor in copied] == [(32, 32, 4, 4, 4)]  # the transposed one
+
+
+def test_it_multiplies_less_where_voxels_are_repeated() -> None:
+    """Of the one convolution behind a repetition 8 of 27 multiplications are left."""
+    config = replace(SMALL, multipliers=(1, 1))
+    plain, given = network(config), inputs(config, 1)
+    counts = []
+    for each in (plain, FastUNet(plain)):
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            each(*given)
+        counts.append(counter.get_total_flops())
+    voxels = given[0][0, 0].numel()
+    saved = 2 * 16 * 16 * voxels * (27 - 8)
+    averaging = 2 * 2 * 16 * voxels  # counted now that it is a convolution
+    assert counts[0] - counts[1] == saved - averaging
+
+
+def test_the_published_network_takes_half_of_the_memory() -> None:
+    shape = (1, 32, 112, 112, 80)
+    plain = footprint(lambda: UNet(UNetConfig(), 32), shape)
+    fast = footprint(lambda: FastUNet(UNet(UNetConfig(), 32), torch.bfloat16), shape)
+    assert fast.network < 0.5 * plain.network
+
+
+def test_other_networks_keep_their_way() -> None:
+    config = WavUNetConfig(channels=8, multipliers=(1, 1), res_blocks=1, groups=4)
+    torch.manual_seed(0)
+    denoiser = Denoiser(WavUNet(config, 8).eval(), Diffusion(schedule="linear"))
+    assert accelerated(denoiser, bf16=False) is denoiser
+    x, t = torch.randn(1, 8, 8, 8, 8), torch.tensor([5])
+    with torch.inference_mode():
+        expected = denoiser(x, t)
+        half = accelerated(denoiser, bf16=True)(x, t)
+    assert half.dtype == torch.float32
+    assert 0 < error(half, expected) < 2e-2
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", None)])
+def test_a_whole_synthesis_is_the_same_image(
+    any_model: Path, simulated: Path, precision: str, tolerance: float | None
+) -> None:
+    """In half precision within 0.1 dB of the truth as far as the plain one is."""
+    case = find_cases(simulated)[0]
+    target = Modality.T1N
+    truth = read_volumes(case, [target])[target]
+    brain = brain_mask(truth)
+    model = load_model(any_model)
+    synthesizer = Synthesizer(model, target, device="cpu", precision=precision)  # type: ignore[arg-type]
+    fast = synthesizer(case.without(target)).volume.voxels
+    synthesizer.engine = Engine(model, device="cpu", reference=True)
+    plain = synthesizer(case.without(target)).volume.voxels
+    spread = plain[brain].std()
+    if tolerance is not None:
+        assert np.abs(fast - plain).max() < tolerance * spread
+    span = float(np.ptp(truth.voxels[brain]))
+    figures = [psnr(image, truth.voxels, brain, data_range=span) for image in (fast, plain)]
+    assert figures[0] == pytest.approx(figures[1], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "bf16"),
+    [
+        ({"amx_bf16": True}, True),
+        ({"avx512_bf16": True}, True),
+        ({"avx512_bf16": False}, False),
+        ({}, False),
+    ],
+)
+def test_bfloat16_is_chosen_where_the_processor_multiplies_in_it(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], bf16: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    device = torch.device("cpu")
+    assert choose_bf16("auto", device) is bf16
+    assert choose_bf16("bf16", device) is True
+    assert choose_bf16("fp32", device) is False
