@@ -4,18 +4,19 @@ What synthesis and generation share. It knows tensors, not cases.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cwdm.config import Config, Sampling
 from cwdm.errors import InputError
 from cwdm.fast import accelerated
 from cwdm.intensity import NORMALIZATIONS
-from cwdm.model import Model
+from cwdm.memory import Footprint, footprint
+from cwdm.model import Model, build_denoiser
 from cwdm.sampling import SAMPLERS, Draw, ddim
 
 __all__ = ["TURN", "Engine", "Precision", "Progress", "choose_bf16", "choose_device"]
@@ -44,6 +45,7 @@ class Engine:
         reference: bool = False,
     ):
         self.model = model
+        self.reference = reference
         self.device = choose_device(device)
         self.bf16 = not reference and choose_bf16(precision, self.device)
         plain = model.denoiser.to(self.device)
@@ -63,6 +65,18 @@ class Engine:
         values = config.as_dict()
         values["sampling"] |= {key: value for key, value in wanted.items() if value is not None}
         return Config.parse(values, f"model {config.name}").sampling
+
+    def footprint(self, size: Sequence[int]) -> Footprint:
+        """What a chain takes for one image of so many voxels along X, Y, Z."""
+        config = self.model.config
+        transform = config.transform
+
+        def build() -> nn.Module:
+            plain = build_denoiser(config)
+            return (plain if self.reference else accelerated(plain, bf16=self.bf16)).backbone
+
+        shape = (1, config.in_channels, *(n // transform.factor for n in size))
+        return footprint(build, shape, channels=transform.channels, device=self.device)
 
     @torch.inference_mode()
     def run(

@@ -21,9 +21,9 @@ from cwdm.engine import Engine, Precision, Progress
 from cwdm.errors import InputError
 from cwdm.files import check_target
 from cwdm.intensity import NORMALIZATIONS, Normalization, Scale
-from cwdm.memory import Footprint, footprint
+from cwdm.memory import Footprint
 from cwdm.modality import Modality
-from cwdm.model import Model, build_denoiser, find_model, load_model
+from cwdm.model import Model, find_model, load_model
 from cwdm.noise import noise_stream
 from cwdm.preparation import FLIPS
 from cwdm.provenance import SampleProvenance, Source
@@ -217,13 +217,7 @@ class Generator:
 
     def footprint(self, size: Sequence[int]) -> Footprint:
         """The memory a sample of that size takes."""
-        return footprint(
-            lambda: build_denoiser(self.model.config).backbone,
-            self._shape(size),
-            channels=self.model.config.transform.channels,
-            bf16=self.engine.bf16,
-            device=self.engine.device,
-        )
+        return self.engine.footprint(size)
 
     def _shape(self, size: Sequence[int]) -> tuple[int, ...]:
         """Of the noise: (1, channels, X', Y', Z')."""
