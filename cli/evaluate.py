@@ -140,12 +140,15 @@ def evaluate(
         write_tables,
     )
     from cwdm.files import check_target
+    from cwdm.imputation import apart
     from cwdm.modality import parse_modality
     from cwdm.montage import write_png
     from cwdm.protocols import PROTOCOLS
+    from cwdm.synthesis import output_paths
 
     for file in (*FILES, RELIABILITY_FILE):
         check_target(output / file, overwrite)
+    apart(truth, output)
     judged = _names(methods, folders)
     found = find_cases(truth)
     cases = complete_cases(found)
@@ -178,6 +181,9 @@ def evaluate(
         synthesizers = _synthesizers(models, targets, device, precision)
         targets = list(synthesizers)
         synthesized = output / "predictions"
+        for case in cases:  # fail before the work, not after
+            for target in targets:
+                output_paths(case, target, synthesized, overwrite=overwrite, maps=samples > 1)
         chain = {"seed": seed, "samples": samples, "steps": steps, "sampler": sampler}
         predict = {judged[0]: _predict_with(synthesizers, synthesized, overwrite, chain)}
         digests = {target: each.model.sha256 for target, each in synthesizers.items()}
@@ -219,7 +225,7 @@ def evaluate(
     write_tables(
         table,
         output,
-        notes={**notes, "images": images(cases, predictions, output)},
+        notes={**notes, "images": images(cases, predictions, targets, output)},
         reliabilities=maps,
         overwrite=overwrite,
     )
@@ -232,11 +238,14 @@ def evaluate(
 def _names(given: "Sequence[str]", folders: "Sequence[Path]") -> list[str]:
     """One for each folder of predictions, or for what is synthesized."""
     from cwdm.errors import InputError
+    from cwdm.evaluate import RESERVED
 
     count = max(len(folders), 1)
     if given and len(given) != count:
         raise InputError(f"found {len(given)} times --name, expected it {count} times, or not")
     names = list(given) or ([str(folder) for folder in folders] if count > 1 else ["cwdm"])
+    if taken := RESERVED & set(names):
+        raise InputError(f"--name {min(taken)!r}: that is the name of a floor, expected another")
     if len(set(names)) < count:
         raise InputError(f"{names[0]}: judged twice, expected different --pred and --name")
     return names

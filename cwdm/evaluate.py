@@ -21,7 +21,7 @@ from PIL import Image
 from cwdm import __version__
 from cwdm.case import Case
 from cwdm.errors import InputError
-from cwdm.files import atomic_write
+from cwdm.files import atomic_write, sha256
 from cwdm.floors import (
     CaseFeatures,
     VoxelRegression,
@@ -31,6 +31,7 @@ from cwdm.floors import (
     erased,
     zeros,
 )
+from cwdm.metrics import Aligned, psnr
 from cwdm.modality import SEQUENCES, Modality, others
 from cwdm.montage import montage, voxel_size_mm
 from cwdm.protocols import FIGURES, PERCEPTUAL, PROTOCOLS, REGIONS, Distances, Protocol
@@ -107,9 +108,13 @@ KINDS = ("model", "floor", "spoilt truth")
 ERASED = "tumor erased"
 BLANK = ("zeros", "constant brain", ERASED)
 """Images that know nothing of a tumor."""
+NAMES = {"ridge": "ridge regression", "boosting": "boosted regression"}
+RESERVED = {*BLANK, "blurred", *NAMES, *(f"copy {modality}" for modality in SEQUENCES)}
+"""Names in the tables that no method can have."""
+TOO_GOOD_DB = 60.0
+"""A prediction nearer to the truth than this in the brain is the truth, in other units."""
 SATURATED = 0.95
 """An SSIM that one of them gets in a tumor leaves no room to tell a good image from it."""
-NAMES = {"ridge": "ridge regression", "boosting": "boosted regression"}
 
 
 @dataclass(frozen=True)
@@ -217,8 +222,11 @@ def compare(
 
     Raises:
         InputError: a modality is absent or unreadable, a prediction lies on another grid or is the
-            truth, or the segmentation has other labels than those of BraTS.
+            truth, perhaps in other units; a method has the name of a floor; or the segmentation has
+            other labels than those of BraTS.
     """
+    if taken := RESERVED & set(methods):
+        raise InputError(f"method {min(taken)!r}: that is the name of a floor, expected another")
     volumes = read_volumes(case, SEQUENCES)
     labels: Labels | None = None
     if case.segmentation:
@@ -233,7 +241,7 @@ def compare(
             name: predict(case.without(target), target) for name, predict in methods.items()
         }
         for name, prediction in predictions.items():
-            _check(prediction.voxels, truth, f"{name}: {target} of case {case.id}")
+            _check(prediction.voxels, truth, brain, f"{name}: {target} of case {case.id}")
         candidates = chain(
             ((name, "model", prediction.voxels) for name, prediction in predictions.items()),
             _floors(volumes, features, regressions, target),
@@ -243,7 +251,12 @@ def compare(
             Score(case.id, target.value, method, kind, protocol.name, region, size, **figures)
             for method, kind, image in candidates
             for region, size, figures in protocol.figures(
-                image, truth.voxels, brain, labels, None if kind == "floor" else distances
+                image,
+                truth.voxels,
+                brain,
+                labels,
+                None if kind == "floor" else distances,
+                rising=kind == "model",
             )
         ]
         reliabilities = [
@@ -420,33 +433,42 @@ class Predictions:
 
 
 def images(
-    cases: Iterable[Case], predictions: Mapping[str, Predictions], folder: Path
+    cases: Iterable[Case],
+    predictions: Mapping[str, Predictions],
+    targets: Sequence[Modality],
+    folder: Path,
 ) -> list[dict[str, object]]:
-    """Where the images of each case are, for whoever wants to look at them.
+    """Which images of each case were compared, for whoever wants to look at them.
 
     Args:
         predictions: by method.
+        targets: what was judged.
         folder: paths in it are relative to it, all others absolute.
     """
+    base = folder.absolute()
+    entries: list[dict[str, object]] = []
+    for case in cases:
+        digests: dict[str, str] = {}
 
-    def place(path: Path) -> str:
-        path, base = path.absolute(), folder.absolute()
-        return str(path.relative_to(base) if path.is_relative_to(base) else path)
+        def place(path: Path, digests: dict[str, str] = digests) -> str:
+            path = path.absolute()
+            name = str(path.relative_to(base) if path.is_relative_to(base) else path)
+            digests[name] = sha256(path)
+            return name
 
-    return [
-        {
-            "case": case.id,
-            "acquired": {modality: place(path) for modality, path in case.images.items()},
-            "segmentation": place(case.segmentation) if case.segmentation else None,
-            "predictions": {
-                method: {
-                    m: place(path) for (name, m), path in found.paths.items() if name == case.id
-                }
-                for method, found in predictions.items()
-            },
-        }
-        for case in cases
-    ]
+        entries.append(
+            {
+                "case": case.id,
+                "acquired": {modality: place(path) for modality, path in case.images.items()},
+                "segmentation": place(case.segmentation) if case.segmentation else None,
+                "predictions": {
+                    method: {target: place(found.paths[case.id, target]) for target in targets}
+                    for method, found in predictions.items()
+                },
+                "sha256": digests,
+            }
+        )
+    return entries
 
 
 def tabulate(rows: Iterable[Score] | Iterable[Reliability]) -> pd.DataFrame:
@@ -504,6 +526,8 @@ def verdicts(summary: pd.DataFrame) -> list[str]:
                 said = "beats every floor"
             else:
                 said = "beats every floor, but no regression was fitted"
+            if not rows["region"].isin(TUMOR_REGIONS).any():
+                said += "; no tumor was compared"
             lines.append(" ".join([f"{modality}: {model} {said}.", *_blind(rows)]))
     return lines
 
@@ -560,11 +584,10 @@ def contests(table: pd.DataFrame) -> list[str]:
         shown = rows[rows["region"].isin(SHOWN_REGIONS) & rows["figure"].isin(SHOWN_FIGURES[:2])]
         said = "; ".join(
             f"{row['region']} {row['figure'].upper()} {row['difference']:+.3f}, p = {row['p']:.2g}"
+            f" ({row['cases']} case{'s' * (row['cases'] != 1)})"
             for row in shown.to_dict("records")
         )
-        count, against = int(rows["cases"].max()), rows["against"].iloc[0]
-        counted = f"{count} case{'s' * (count != 1)}"
-        lines.append(f"{modality}: {method} against {against}, {counted}: {said}.")
+        lines.append(f"{modality}: {method} against {rows['against'].iloc[0]}: {said}.")
     return lines
 
 
@@ -576,9 +599,9 @@ def trust(table: pd.DataFrame) -> list[str]:
     for (modality, method), rows in table.groupby(["modality", "method"], sort=False):
         means = rows.groupby("region", sort=False)[["covered", "agreement"]].mean()
         said = "; ".join(
-            f"{region} {row['covered']:.0%} held, "
-            f"deviation and error correlate {row['agreement']:.2f}"
-            for region, row in means.loc[means.index.isin(SHOWN_REGIONS)].iterrows()
+            f"{region} {covered:.0%} held, deviation and error "
+            + ("do not vary" if math.isnan(agrees) else f"correlate {agrees:.2f}")
+            for region, covered, agrees in means.loc[means.index.isin(SHOWN_REGIONS)].itertuples()
         )
         kind = "calibrated" if rows["calibrated"].all() else "uncalibrated"
         promised = rows["promised"].iloc[0]
@@ -601,9 +624,8 @@ def markdown(summary: pd.DataFrame) -> str:
                 _cell(rows[rows["region"] == region].set_index("method"), figure, method)
                 for region, figure in columns
             ]
-            shown = (
-                f"spoilt truth: {method}" if kind == "spoilt truth" else NAMES.get(method, method)
-            )
+            shown = NAMES.get(method, method).replace("|", r"\|")
+            shown = f"spoilt truth: {shown}" if kind == "spoilt truth" else shown
             table.append([str(modality), shown, *cells])
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     rule = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
@@ -670,6 +692,7 @@ def write_tables(
         "cases": sorted(set(table["case"])),
         "methods": list(table.loc[table["kind"] == "model", "method"].unique()),
         **notes,
+        "uncertainty": RELIABILITY_FILE if len(maps) else None,
         "verdicts": judged,
         "summary": _records(summary),
         "tests": _records(tested),
@@ -691,6 +714,8 @@ def write_tables(
     if len(maps):
         texts.append(maps.to_csv(index=False))
         paths.append(folder / RELIABILITY_FILE)
+    elif overwrite:  # one of an earlier run
+        (folder / RELIABILITY_FILE).unlink(missing_ok=True)
     for path, text in zip(paths, texts, strict=True):
         with atomic_write(path, overwrite) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -747,12 +772,20 @@ def _cell(rows: pd.DataFrame, figure: str, method: str) -> str:
     return f"**{text}**" if method in reachable and value == best else text
 
 
-def _check(predicted: Voxels, truth: Volume, what: str) -> None:
-    """InputError unless the prediction is a finite image of the truth's shape."""
+def _check(predicted: Voxels, truth: Volume, brain: Mask, what: str) -> None:
+    """InputError unless it is a finite image of the truth's shape, and not the truth."""
     if predicted.shape != truth.voxels.shape:
         shapes = f"shape {predicted.shape}, expected {truth.voxels.shape}"
         raise InputError(f"{what}: the prediction has {shapes}")
     if not np.isfinite(predicted).all():
         raise InputError(f"{what}: the prediction holds NaN or infinite voxels")
-    if np.array_equal(predicted, truth.voxels):
-        raise InputError(f"{what}: the prediction is the truth itself, voxel by voxel")
+    try:
+        aligned = Aligned.of(predicted, truth.voxels, brain)
+    except ValueError as error:
+        raise InputError(f"{what}: nothing to compare with, {error}") from error
+    near = psnr(aligned.prediction, aligned.truth, aligned.brain)
+    if near > TOO_GOOD_DB:
+        raise InputError(
+            f"{what}: the prediction is the truth in other units (PSNR {near:.0f} dB after a fit), "
+            "expected one that was made without it"
+        )

@@ -36,16 +36,22 @@ Edge = Literal["constant", "mirror"]
 """How images go on beyond the edge of the array: 0, or mirrored at the outermost voxel."""
 
 
-def affine_fit(prediction: Voxels, truth: Voxels, mask: Mask) -> tuple[float, float]:
+def affine_fit(
+    prediction: Voxels, truth: Voxels, mask: Mask, *, rising: bool = False
+) -> tuple[float, float]:
     """(a, b) that minimize the sum over `mask` of (a * prediction + b - truth)^2.
 
     a = cov(p, t) / var(p) and b = mean(t) - a * mean(p). It may be negative: a copy of T1 then
     serves as an inverted T2, which makes it a harder floor. A constant prediction gives a = 0.
+
+    Args:
+        rising: only a >= 0 is allowed: what falls where the truth rises counts as constant.
     """
     p = prediction[mask].astype(np.float64)
     t = truth[mask].astype(np.float64)
     variance = p.var()
     slope = float(np.mean((p - p.mean()) * (t - t.mean())) / variance) if variance > 0 else 0.0
+    slope = max(slope, 0.0) if rising else slope
     return slope, float(t.mean() - slope * p.mean())
 
 
@@ -76,8 +82,12 @@ class Aligned:
     """Where the three lie in the arrays given, to crop other masks alike."""
 
     @classmethod
-    def of(cls, prediction: Voxels, truth: Voxels, brain: Mask) -> Self:
-        """Align (X, Y, Z) arrays; ValueError if shapes differ, brain empty or truth constant."""
+    def of(cls, prediction: Voxels, truth: Voxels, brain: Mask, *, rising: bool = False) -> Self:
+        """Align (X, Y, Z) arrays; ValueError if shapes differ, brain empty or truth constant.
+
+        Args:
+            rising: see `affine_fit`.
+        """
         if not prediction.shape == truth.shape == brain.shape:
             raise ValueError(
                 "prediction, truth and brain must have one shape, got "
@@ -88,7 +98,7 @@ class Aligned:
         x, y, z = ndimage.find_objects(brain.astype(np.uint8))[0]
         brain = brain[x, y, z]
         prediction, truth = prediction[x, y, z], truth[x, y, z]
-        slope, offset = affine_fit(prediction, truth, brain)
+        slope, offset = affine_fit(prediction, truth, brain, rising=rising)
         low, high = intensity_range(truth, brain)
         fitted = (slope * prediction.astype(np.float32) + (offset - low)) / (high - low)
         shares = (truth.astype(np.float32) - low) / (high - low)

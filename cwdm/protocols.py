@@ -28,13 +28,15 @@ Distances = Callable[[Voxels, Voxels, Mapping[str, Mask]], Mapping[str, float]]
 ProtocolName = Literal["aligned", "brasyn", "published"]
 
 FIGURES = {
-    "psnr": "peak signal-to-noise ratio in dB for a data range of 1",
+    "psnr": "peak signal-to-noise ratio in dB for a data range of 1, at most 100",
     "ssim": "structural similarity, 3D Gaussian window of sigma 1.5 and 11 voxels",
     "mae": "mean absolute error in shares of the range",
     "ms_ssim": "multi-scale SSIM, 5 scales, mean over the region of its maps, data range 1",
     "mse": "mean squared error in squared shares of the range",
     "ncc": "normalized cross correlation (Pearson's r)",
 }
+PSNR_LIMIT = 100.0
+"""dB: what equal images get, so that a few voxels do not make a mean infinite."""
 PERCEPTUAL = (
     "distance of Med3D features, each image standardized: squared difference of their directions "
     "(LPIPS, as in MONAI, of the box of what is not background)"
@@ -59,8 +61,9 @@ class Protocol:
     """How images are scaled and what the data range is, in words."""
     masking: str
     """Where figures are taken, in words."""
-    scale: Callable[[Voxels, Voxels, Mask], tuple[Voxels, Voxels]]
-    """(prediction, truth, brain), all (X, Y, Z) -> both float32, with a data range of 1."""
+    scale: Callable[[Voxels, Voxels, Mask, bool], tuple[Voxels, Voxels]]
+    """(prediction, truth, brain), all (X, Y, Z) -> both float32, with a data range of 1. A fit may
+    be told not to invert the prediction."""
     masks: Callable[[Mask, Labels | None], Mapping[str, Mask]]
     """(brain, labels) -> the regions, some may be empty."""
     whole_volume_ssim: bool = False
@@ -78,13 +81,18 @@ class Protocol:
         brain: Mask,
         labels: Labels | None,
         distances: Distances | None = None,
+        *,
+        rising: bool = False,
     ) -> Iterator[tuple[str, int, dict[str, float]]]:
         """(region, voxels in it, its `FIGURES`) for every region that is not empty.
 
-        With `distances` there is one figure more, "perceptual".
+        With `distances` there is one figure more, "perceptual". PSNR is at most `PSNR_LIMIT`.
+
+        Args:
+            rising: a fit may not turn the prediction's contrast round, see `metrics.affine_fit`.
         All arrays are (X, Y, Z); ValueError as `Aligned.of`, if the truth is constant, for example.
         """
-        p, t = self.scale(prediction, truth, brain)
+        p, t = self.scale(prediction, truth, brain, rising)
         similarity = Similarity.of(p, t)
         masks = {region: mask for region, mask in self.masks(brain, labels).items() if mask.any()}
         perceptual = distances(p, t, masks) if distances else {}
@@ -94,7 +102,7 @@ class Protocol:
             else:
                 ssim = similarity.ssim(mask)
             figures = {
-                "psnr": psnr(p, t, mask),
+                "psnr": min(psnr(p, t, mask), PSNR_LIMIT),
                 "ssim": ssim,
                 "mae": mae(p, t, mask),
                 "ms_ssim": similarity.ms_ssim(mask),
@@ -106,9 +114,9 @@ class Protocol:
             yield region, int(mask.sum()), figures
 
 
-def _aligned(prediction: Voxels, truth: Voxels, brain: Mask) -> tuple[Voxels, Voxels]:
+def _aligned(prediction: Voxels, truth: Voxels, brain: Mask, rising: bool) -> tuple[Voxels, Voxels]:
     """`Aligned`, put back into the whole volume."""
-    aligned = Aligned.of(prediction, truth, brain)
+    aligned = Aligned.of(prediction, truth, brain, rising=rising)
     p, t = np.zeros((2, *truth.shape), dtype=np.float32)
     p[aligned.box], t[aligned.box] = aligned.prediction, aligned.truth
     return p, t
@@ -138,9 +146,9 @@ def _published(image: Voxels) -> Voxels:
 
 def _each(
     scale: Callable[[Voxels], Voxels],
-) -> Callable[[Voxels, Voxels, Mask], tuple[Voxels, Voxels]]:
+) -> Callable[[Voxels, Voxels, Mask, bool], tuple[Voxels, Voxels]]:
     """Both images by themselves."""
-    return lambda prediction, truth, brain: (scale(prediction), scale(truth))
+    return lambda prediction, truth, brain, rising: (scale(prediction), scale(truth))
 
 
 def _in_brain(brain: Mask, labels: Labels | None) -> dict[str, Mask]:
@@ -167,7 +175,8 @@ PROTOCOLS: dict[ProtocolName, Protocol] = {
         Protocol(
             "aligned",
             "In the brain of the truth, the prediction is brought to the truth by one affine "
-            "intensity fit (least squares); outside both are 0. Data range: 0.5 % to 99.5 % "
+            "intensity fit (least squares; what is judged is never inverted by it, floors may be); "
+            "outside both are 0. Data range: 0.5 % to 99.5 % "
             "quantile of the truth in the brain; nothing is clipped.",
             "Every figure is taken over the voxels of its region, SSIM as the mean of its map; "
             "tumor regions with the fit and range of the brain.",

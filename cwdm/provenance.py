@@ -135,7 +135,9 @@ def sidecar(image: Path) -> Path:
 
 
 def read_interval(image: Path) -> Interval | None:
-    """The interval that the record beside an image names; none without one, or of one sample.
+    """The interval that the record beside an image names; none of one sample, or without a record.
+
+    What another program has left there is no record.
 
     Raises:
         InputError: the record is damaged.
@@ -143,9 +145,12 @@ def read_interval(image: Path) -> Interval | None:
     path = sidecar(image)
     try:
         record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        found = record.get("interval") if record.get("synthetic") else None
+        ours = isinstance(record, dict) and record.get("synthetic") is True and "cwdm" in record
+        found = record["interval"] if ours else None
         if found is None:
             return None
+        if any(Path(name).name != name for name in found["files"].values()):
+            raise ValueError("a map in another folder")
         regions = tuple(Region(**region) for region in found["regions"])
         return Interval(**{**found, "regions": regions})
     except (AttributeError, KeyError, TypeError, ValueError) as error:

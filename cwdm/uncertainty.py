@@ -136,8 +136,8 @@ class Uncertainty:
         *,
         coverage: float,
     ) -> Self:
-        """The interval low to high, all 0 outside the brain, which is else where it has a width."""
-        brain = high > low if brain is None else brain
+        """The interval low to high; all are 0 outside the brain, which is else where one is not."""
+        brain = (mean != 0) | (high > low) if brain is None else brain
         bottom, top = np.quantile(mean[brain], [(1 - coverage) / 2, (1 + coverage) / 2])
         return cls(
             std=std.astype(np.float32),

@@ -36,24 +36,22 @@ OTHERS = 3
 
 def main(folder: Path) -> Path:
     """Run everything; returns the picture."""
-    for part in ("cases", "clinic", "synthetic"):
-        shutil.rmtree(folder / part, ignore_errors=True)
-
     anatomy = mni152()
     bar = tqdm(range(1 + OTHERS), "simulating cases", unit="case")
     patient, *rest = [
-        read_case(write_case(simulate(SEED, index, anatomy), folder / "cases")) for index in bar
+        read_case(write_case(simulate(SEED, index, anatomy), folder / "cases", overwrite=True))
+        for index in bar
     ]
 
     # What arrived from the clinic: the same case, but the FLAIR is not there.
     clinic = folder / "clinic" / patient.id
-    clinic.mkdir(parents=True)
+    clinic.mkdir(parents=True, exist_ok=True)
     for path in patient.without(MISSING).images.values():
         shutil.copy(path, clinic)
     print(f"removed {MISSING}: {clinic}")
 
     synthesis = Synthesizer.load(MISSING)(read_case(clinic))
-    image = synthesis.write(folder / "synthetic")
+    image = synthesis.write(folder / "synthetic", overwrite=True)
     print(f"synthesized in {synthesis.provenance.seconds:.0f} s: {image}")
 
     print("comparing with the truth and with trivial predictions ...")

@@ -30,11 +30,10 @@ truth = cwdm.find_cases(folder / "cases")
 # Every case loses one sequence, as in a clinic; in turn, so that the answer depends on none.
 
 # %%
-cohort = folder / "cohort"
-shutil.rmtree(cohort, ignore_errors=True)
+cohort = folder / "cohort-with-gaps"
 for number, case in enumerate(truth):
     place = cohort / case.id
-    place.mkdir(parents=True)
+    place.mkdir(parents=True, exist_ok=True)
     for path in case.without(list(case.images)[number % 4]).images.values():
         shutil.copy(path, place)
 

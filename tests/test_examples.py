@@ -74,7 +74,7 @@ def test_an_example_runs_on_cases_of_the_user(
         assert list(tmp_path.glob(pattern)), pattern
     printed = capsys.readouterr().out
     if name == "compare_models":
-        assert "t2f: two steps against one step, 2 cases: brain PSNR" in printed
+        assert "t2f: two steps against one step: brain PSNR" in printed
     if name == "impute_and_segment":
         assert printed.count("done") == 2
         assert "segmented-with-gaps segmented-acquired" in " ".join(printed.split())
