@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,9 +12,6 @@ import click
 from . import options
 
 if TYPE_CHECKING:
-    import torch
-
-    from cwdm.generation import Generator
     from cwdm.provenance import SampleProvenance
     from cwdm.volume import Volume
 
@@ -97,6 +93,8 @@ def generate(
     from cwdm.modality import parse_modality
     from cwdm.montage import check_picture
 
+    from .memory import memory_line
+
     generator = Generator.load(model, preset=preset, device=device, precision=precision)  # type: ignore[arg-type]
     wanted = {
         "seed": seed,
@@ -114,7 +112,7 @@ def generate(
     if done := len(plans) - len(todo):
         click.echo(f"note: {done} of {count} samples are there already", err=True)
     if todo:
-        click.echo(_memory(generator, todo[0].size), err=True)
+        click.echo(memory_line(generator.engine, todo[0].size), err=True)
     warnings: dict[str, None] = {}
     with tqdm(total=len(todo), unit="step", disable=not todo) as bar:
         for index, plan in enumerate(todo):
@@ -157,25 +155,3 @@ def _draw(plans: list[SampleProvenance], output: Path) -> None:
     )
     write_png(picture, output / PICTURE, overwrite=True)
     click.echo(output / PICTURE)
-
-
-def _memory(generator: Generator, size: tuple[int, int, int]) -> str:
-    needed = generator.footprint(size)
-    where, there = _machine(generator.engine.device)
-    return (
-        f"memory: about {_gb(needed.total)} for {'x'.join(map(str, size))} "
-        f"(weights {_gb(needed.weights)}); {where} has {_gb(there)}"
-    )
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.{2 if size < 1e9 else 1 if size < 1e10 else 0}f} GB"
-
-
-def _machine(device: torch.device) -> tuple[str, int]:
-    """Where the network runs, and the bytes of memory there."""
-    if device.type == "cuda":
-        import torch
-
-        return "this GPU", torch.cuda.get_device_properties(device).total_memory
-    return "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,10 +1,17 @@
 """`cwdm synthesize`: one case in, the modalities it lacks out."""
 
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from . import options
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cwdm.engine import Engine
 
 
 @click.command()
@@ -88,6 +95,8 @@ def synthesize(
     from cwdm.synthesis import Synthesizer, output_paths
     from cwdm.volume import acquired
 
+    from .memory import memory_line
+
     case = read_case(folder)
     targets = [parse_modality(name) for name in missing] or list(acquired(case).missing)
     if not targets:
@@ -113,6 +122,9 @@ def synthesize(
                 bar.total = total
                 bar.update(done - bar.n)
 
+            def announce(size: "Sequence[int]", engine: "Engine" = synthesizer.engine) -> None:
+                tqdm.write(memory_line(engine, size), file=sys.stderr)
+
             synthesis = synthesizer(
                 given,
                 seed=seed,
@@ -120,6 +132,7 @@ def synthesize(
                 steps=steps,
                 sampler=sampler,
                 compat=compat is not None,
+                announce=announce,
                 progress=show,
             )
         path = synthesis.write(output, overwrite=overwrite)

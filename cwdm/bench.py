@@ -40,7 +40,7 @@ from cwdm.case import read_case
 from cwdm.checkpoints import assumed_priors
 from cwdm.config import Augmentation, Config
 from cwdm.denoiser import Denoiser
-from cwdm.engine import Engine, Precision, choose_bf16, choose_device
+from cwdm.engine import Engine, Precision, choose_bf16, choose_device, resident
 from cwdm.errors import InputError
 from cwdm.files import atomic_write
 from cwdm.modality import Modality
@@ -686,27 +686,14 @@ def _memory(name: str, piece: str, way: Way, ground: Ground) -> tuple[int, int]:
     """Bytes held before a work begins, and at most until it has ended; of a GPU, its own."""
     with set_torch_threads(ground.setup.threads):
         work = PARTS[name].prepare(ground, way)[piece]
-        before = _resident("VmRSS")
+        before = resident("VmRSS")
         if ground.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(ground.device)
             before = torch.cuda.memory_allocated(ground.device)
         work.run()
     if ground.device.type == "cuda":
         return before, torch.cuda.max_memory_allocated(ground.device)
-    return before, _resident("VmHWM")
-
-
-def _resident(figure: str) -> int:
-    """Bytes of this process in memory, now (VmRSS) or at most so far (VmHWM).
-
-    On Linux, getrusage also counts what the process was started from. Elsewhere there is nothing
-    but getrusage, and it only knows the most so far.
-    """
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes
-    values = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return int(values[figure].split()[0]) * 1024
+    return before, resident("VmHWM")
 
 
 def _alone(work: Callable[..., tuple[int, int]], *arguments: object) -> tuple[int, int]:

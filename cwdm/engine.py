@@ -3,9 +3,11 @@
 What synthesis and generation share. It knows tensors, not cases.
 """
 
+import resource
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -19,7 +21,7 @@ from cwdm.memory import Footprint, footprint
 from cwdm.model import Model, build_denoiser
 from cwdm.sampling import SAMPLERS, Draw, ddim
 
-__all__ = ["TURN", "Engine", "Precision", "Progress", "choose_bf16", "choose_device"]
+__all__ = ["TURN", "Engine", "Precision", "Progress", "choose_bf16", "choose_device", "resident"]
 
 Precision = Literal["auto", "fp32", "bf16"]
 Progress = Callable[[int, int], None]
@@ -77,6 +79,14 @@ class Engine:
 
         shape = (1, config.in_channels, *(n // transform.factor for n in size))
         return footprint(build, shape, channels=transform.channels, device=self.device)
+
+    def peak(self, size: Sequence[int]) -> int:
+        """About how many bytes this process, or the GPU, will hold at most during such a chain."""
+        held = resident("VmRSS")
+        if self.device.type == "cuda":
+            held = torch.cuda.memory_allocated(self.device)
+        needed = self.footprint(size)
+        return held + needed.network + needed.sampler
 
     @torch.inference_mode()
     def run(
@@ -154,3 +164,16 @@ def choose_bf16(precision: Precision, device: torch.device) -> bool:
     # since torch 2.9; before, bfloat16 has to be asked for
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+
+
+def resident(figure: str) -> int:
+    """Bytes of this process in memory, now (VmRSS) or at most so far (VmHWM).
+
+    On Linux, getrusage also counts what the process was started from. Elsewhere there is nothing
+    but getrusage, and it only knows the most so far.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes
+    values = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return int(values[figure].split()[0]) * 1024

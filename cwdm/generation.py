@@ -21,7 +21,6 @@ from cwdm.engine import Engine, Precision, Progress
 from cwdm.errors import InputError
 from cwdm.files import check_target
 from cwdm.intensity import NORMALIZATIONS, Normalization, Scale
-from cwdm.memory import Footprint
 from cwdm.modality import Modality
 from cwdm.model import Model, find_model, load_model
 from cwdm.noise import noise_stream
@@ -214,10 +213,6 @@ class Generator:
             warnings += ("The image is empty: all of it is background.",)
         seconds = round(time.perf_counter() - began, 3)
         return Sample(volume, replace(planned, seconds=seconds, warnings=warnings))
-
-    def footprint(self, size: Sequence[int]) -> Footprint:
-        """The memory a sample of that size takes."""
-        return self.engine.footprint(size)
 
     def _shape(self, size: Sequence[int]) -> tuple[int, ...]:
         """Of the noise: (1, channels, X', Y', Z')."""

@@ -4,7 +4,7 @@ read -> normalize, cut out the brain -> wavelet coefficients -> sample -> image 
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -134,6 +134,7 @@ class Synthesizer:
         steps: int | tuple[int, ...] | None = None,
         sampler: str | None = None,
         compat: bool = False,
+        announce: Callable[[Sequence[int]], object] | None = None,
         progress: Progress | None = None,
     ) -> Synthesis:
         """Synthesize the target for a case from its acquired images.
@@ -149,6 +150,8 @@ class Synthesizer:
             sampler: a name in ``SAMPLERS``, by default the model's own, or as for ``steps``.
             compat: put out what the published scripts write (see ``compat``): their crop, their
                 stream of random numbers, their threshold, values in [0, 1].
+            announce: told the size in voxels of what is synthesized, before the work begins; then
+                ``engine.peak`` says what memory it takes.
 
         Raises:
             InputError: the case cannot be read, has nothing the model can use, or an unknown
@@ -173,6 +176,8 @@ class Synthesizer:
         cond = self._condition(
             {m: image[None, None].to(engine.device) for m, image in prepared.images.items()}
         )
+        if announce:
+            announce([n * config.transform.factor for n in cond.shape[2:]])
         stream = published.noise_stream if compat else noise_stream
         like = volumes[sources[0]]
         scale = Scale(0.0, 1.0) if compat else self.model.priors[target].predict(prepared.scales)

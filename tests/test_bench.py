@@ -38,6 +38,7 @@ from cwdm.bench import (
 )
 from cwdm.cli.main import cwdm
 from cwdm.config import Config
+from cwdm.engine import resident
 from cwdm.errors import InputError
 from cwdm.model import build_denoiser
 
@@ -247,8 +248,8 @@ def test_a_part_works_on_a_case_of_the_user(quick: None, simulated: Path) -> Non
 
 def test_another_process_knows_nothing_of_the_memory_of_this_one() -> None:
     ballast = np.ones(400 * 2**20, np.uint8)
-    here = module._resident("VmRSS")
-    there = module._alone(module._resident, "VmHWM")  # type: ignore[arg-type]
+    here = resident("VmRSS")
+    there = module._alone(resident, "VmHWM")  # type: ignore[arg-type]
     assert here > ballast.nbytes
     assert 50 * 2**20 < there < here - 200 * 2**20  # type: ignore[operator]
 

@@ -1,7 +1,10 @@
 """The fast network is the plain one, with fewer operations."""
 
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from cwdm.case import find_cases
 from cwdm.denoiser import Denoiser
 from cwdm.diffusion import Diffusion
-from cwdm.engine import Engine, choose_bf16
+from cwdm.engine import Engine, choose_bf16, resident
 from cwdm.fast import FastUNet, accelerated, transposed
 from cwdm.memory import footprint
 from cwdm.metrics import psnr
 from cwdm.modality import Modality
-from cwdm.model import load_model
+from cwdm.model import default_model, load_model
 from cwdm.synthesis import Synthesizer
 from cwdm.unet import UNet, UNetConfig
 from cwdm.volume import brain_mask, read_volumes
@@ -207,3 +210,23 @@ def test_bfloat16_is_chosen_where_the_processor_multiplies_in_it(
     assert choose_bf16("auto", device) is bf16
     assert choose_bf16("bf16", device) is True
     assert choose_bf16("fp32", device) is False
+
+
+def _estimated_and_measured(size: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Bytes held before a chain, at most by the estimate, and at most in fact; in a new process."""
+    engine = Engine(load_model(default_model(Modality.T2F)), device="cpu", precision="fp32")
+    channels = engine.model.config.transform.channels
+    grid = [n // 2 for n in size]
+    cond = torch.zeros(1, 3 * channels, *grid)
+    draw = partial(torch.randn, 1, channels, *grid)
+    held, estimate = resident("VmRSS"), engine.peak(size)
+    engine.run(engine.settings(), draw, cond=cond)
+    return held, estimate, resident("VmHWM")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_the_estimate_of_memory_is_near_what_is_measured() -> None:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        held, estimate, measured = pool.submit(_estimated_and_measured, (160, 160, 160)).result()
+    assert measured > 1.5 * held  # there is something to estimate
+    assert estimate == pytest.approx(measured, rel=0.15)

@@ -454,7 +454,7 @@ def test_the_command_says_what_it_does(save: Save, tmp_path: Path) -> None:
     said = [out / "tiny-00000-t1n.nii.gz", out / "tiny-00001-t1n.nii.gz", out / "samples.png"]
     assert result.stdout.split() == [str(path) for path in said]
     assert "memory: about " in result.stderr
-    assert "for 16x16x16 (weights " in result.stderr
+    assert "for 16x16x16 voxels in " in result.stderr
     assert "this machine has " in result.stderr
     assert "6/6" in result.stderr  # samples times steps
     assert result.stderr.count("note: A sample can resemble") == 1

@@ -1,0 +1,35 @@
+"""What commands say about memory before they begin."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from cwdm.engine import Engine
+
+
+def memory_line(engine: Engine, size: Sequence[int]) -> str:
+    """What a chain for an image of so many voxels will take, and what there is."""
+    where, there = _machine(engine.device)
+    arithmetic = "bf16" if engine.bf16 else "fp32"
+    return (
+        f"memory: about {_gb(engine.peak(size))} for {'x'.join(map(str, size))} voxels in "
+        f"{arithmetic}; {where} has {_gb(there)}"
+    )
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.{2 if size < 1e9 else 1 if size < 1e10 else 0}f} GB"
+
+
+def _machine(device: torch.device) -> tuple[str, int]:
+    """Where the network runs, and the bytes of memory there."""
+    if device.type == "cuda":
+        import torch
+
+        return "this GPU", torch.cuda.get_device_properties(device).total_memory
+    return "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
