@@ -40,7 +40,8 @@ def report(
     path = output or run / "report.html"
     check_target(path, overwrite)
     found = Run.read(run)
-    with tqdm(total=len(found.subjects), unit="case", disable=None) as bar:
+    total = sum(bool(subject.predictions) for subject in found.subjects)
+    with tqdm(total=total, unit="case", disable=None) as bar:
         write_report(
             found,
             path,

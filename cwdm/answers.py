@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -20,7 +20,7 @@ import pandas as pd
 from cwdm import __version__
 from cwdm.case import Case, find_cases
 from cwdm.errors import InputError
-from cwdm.evaluate import ERASED, LOWER_IS_BETTER, RELIABILITY_FILE, SHOWN_FIGURES, TUMOR_REGIONS
+from cwdm.evaluate import ALIGNED, ERASED, LOWER_IS_BETTER, SHOWN_FIGURES, TUMOR_REGIONS
 from cwdm.evaluate import NAMES as METHOD_NAMES
 from cwdm.modality import SEQUENCES, Modality
 from cwdm.montage import NAMES as MODALITY_NAMES
@@ -38,6 +38,7 @@ __all__ = [
     "anchor",
     "answers",
     "method_name",
+    "missed",
     "modality_name",
     "percent",
 ]
@@ -54,7 +55,9 @@ REGION_NAMES = {
 FIGURE_NAMES = {"psnr": "PSNR", "ssim": "SSIM", "mae": "MAE"}
 SIGNIFICANT = 0.05
 WORST = 3
-"""How many images are named as the worst."""
+"""How many cases are named as the worst."""
+FAR = 0.2
+"""An interval that holds so much less of a region than it promised has failed there."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,9 @@ class Subject:
     case: Case
     """What was acquired."""
     predictions: Mapping[Modality, Path]
-    """By the method that is judged first."""
+    """By the method that is judged first; none if the run does not name its images."""
+    digests: Mapping[Path, str] = field(default_factory=dict)
+    """SHA-256 of the files when they were measured."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,16 +82,19 @@ class Run:
     scores: pd.DataFrame
     """`metrics.csv`: a row per case, modality, method and region."""
     reliabilities: pd.DataFrame
-    """`uncertainty.csv`, or empty."""
+    """`uncertainty.csv` if the record names it, else empty."""
     subjects: list[Subject]
     """Worst first: by the lowest PSNR in the brain of an image."""
+    untouched: int = 0
+    """How many cases of a completed cohort have no synthetic image, so that none is shown."""
 
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Of `cwdm evaluate`, or a folder with completed cases.
 
         Raises:
-            InputError: neither; or the tables are damaged, or of a run without predictions.
+            InputError: neither; the tables are damaged, or of a run without predictions; or nothing
+                acquired lies beside synthetic images.
         """
         folder = Path(folder)
         if (folder / "summary.json").exists():
@@ -94,46 +102,44 @@ class Run:
         try:
             cases = find_cases(folder)
         except InputError as error:
-            raise InputError(
-                f"{folder}: no summary.json and no completed case, expected what cwdm evaluate or "
-                "cwdm impute wrote"
-            ) from error
+            raise InputError(f"{folder}: no summary.json of cwdm evaluate; {error}") from error
         subjects = []
         for case in cases:
             made = {m: path for m, path in case.images.items() if is_synthetic(path)}
+            if made and len(made) == len(case.images):
+                raise InputError(
+                    f"{next(iter(made.values())).parent}: case {case.id} has only synthetic "
+                    "images, expected its acquired ones beside them, as cwdm impute writes them"
+                )
             if made:
                 subjects.append(Subject(case.without(*made), made))
         if not subjects:
             raise InputError(
                 f"{folder}: no case has a synthetic image, expected a completed cohort"
             )
-        return cls(folder, {}, pd.DataFrame(), pd.DataFrame(), subjects)
+        untouched = len(cases) - len(subjects)
+        return cls(folder, {}, pd.DataFrame(), pd.DataFrame(), subjects, untouched)
 
     @classmethod
     def _measured(cls, folder: Path) -> Self:
         path = folder / "summary.json"
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            scores = pd.read_csv(folder / "metrics.csv", dtype={"case": str})
-            table = folder / RELIABILITY_FILE
-            maps = pd.read_csv(table, dtype={"case": str}) if table.exists() else pd.DataFrame()
+            scores = _table(folder / "metrics.csv")
+            name = record["uncertainty"]
+            maps = _table(folder / name) if name else pd.DataFrame()
             if not record["methods"]:
                 raise InputError(f"{path}: only floors were judged, expected predictions")
-            main = record["methods"][0]
-            judged = scores[(scores["method"] == main) & (scores["region"] == "brain")]
-            worst = judged.groupby("case")["psnr"].min()
+            judged = scores[(scores["method"] == record["methods"][0])]
+            worst = judged[judged["region"] == "brain"].groupby("case")["psnr"].min()
+            entries = {entry["case"]: entry for entry in record.get("images", ())}
+            there = {*zip(judged["case"], judged["modality"], strict=True)}
             subjects = [
-                Subject(
-                    Case(
-                        entry["case"],
-                        {Modality(m): folder / place for m, place in entry["acquired"].items()},
-                        folder / entry["segmentation"] if entry["segmentation"] else None,
-                    ),
-                    {Modality(m): folder / p for m, p in entry["predictions"][main].items()},
-                )
-                for entry in record["images"]
+                _subject(folder, case, entries.get(case), record["methods"][0], there)
+                for case in worst.sort_values().index
             ]
-            subjects.sort(key=lambda subject: worst[subject.case.id])
+            if absent := {"version", "protocol", "verdicts", "summary"} - {*record}:
+                raise ValueError(f"without {min(absent)}")
         except FileNotFoundError as error:
             raise InputError(
                 f"{error.filename}: not there, expected a run of cwdm evaluate"
@@ -158,7 +164,23 @@ class Run:
     @property
     def modalities(self) -> list[Modality]:
         """That were predicted."""
-        return [m for m in SEQUENCES if any(m in each.predictions for each in self.subjects)]
+        if self.measured:
+            judged = {*self.scores.loc[self.scores["method"] == self.main, "modality"]}
+        else:
+            judged = {str(m) for each in self.subjects for m in each.predictions}
+        return [m for m in SEQUENCES if str(m) in judged]
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the figures, if there are any, follow the protocol that the pictures follow."""
+        return not self.measured or bool((self.scores["protocol"] == ALIGNED.name).all())
+
+    @property
+    def unit(self) -> str:
+        """What an error of 100 % is."""
+        if self.aligned:
+            return "the range of the truth in the brain"
+        return f"the data range of protocol {self.scores['protocol'].iloc[0]}"
 
     @cached_property
     def means(self) -> pd.DataFrame:
@@ -220,6 +242,38 @@ class Run:
         )
 
 
+def _subject(
+    folder: Path,
+    case: str,
+    entry: Mapping[str, Any] | None,
+    method: str,
+    judged: set[tuple[str, str]],
+) -> Subject:
+    """The images of a case that were judged; without an entry there are figures only."""
+    if entry is None:
+        return Subject(Case(case, {}), {})
+    segmentation = entry["segmentation"]
+    return Subject(
+        Case(
+            case,
+            {Modality(m): folder / place for m, place in entry["acquired"].items()},
+            folder / segmentation if segmentation else None,
+        ),
+        {
+            Modality(m): folder / place
+            for m, place in entry["predictions"][method].items()
+            if (case, m) in judged
+        },
+        {folder / place: digest for place, digest in entry["sha256"].items()},
+    )
+
+
+def _table(path: Path) -> pd.DataFrame:
+    """As written by `evaluate`: a case may be called NA, a method 1."""
+    text = dict.fromkeys(("case", "method"), str)
+    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
+
+
 @dataclass(frozen=True)
 class Contest:
     """The judged method against the best of the floors, in the tumor also the erased one."""
@@ -257,7 +311,7 @@ class Contest:
     @property
     def text(self) -> str:
         """In words, without the value itself."""
-        between = "" if self.low is None else f" [{self.low:.1f}, {self.high:.1f}]"
+        between = "" if self.low is None else f", 95 % [{self.low:.1f}, {self.high:.1f}]"
         return (
             f"PSNR in the {REGION_NAMES[self.region]}{between}; {self.against}. "
             f"Better in {self.better} of {self.cases} cases, {probability(self.p)}."
@@ -271,14 +325,14 @@ class Finding:
     subject: str
     text: str
     answer: str = ""
-    """A word or two: "Better", "Not shown"."""
+    """A word or two: "Better than simple", "Not proven"."""
     level: str = ""
     """"good", "unsure" or "bad": the color of the answer."""
     figure: str = ""
     """What to read first."""
     link: str = ""
-    warning: str = ""
-    """What holds whatever the figures are."""
+    warnings: tuple[str, ...] = ()
+    """What must not be overlooked, whatever the figures are."""
 
 
 @dataclass(frozen=True)
@@ -287,6 +341,14 @@ class Answer:
 
     question: str
     findings: list[Finding]
+    note: str = ""
+    """What a word in it means."""
+
+
+SIMPLE = (
+    "Simple predictions are those anyone can make: a blank brain, a copy of another sequence, a "
+    "regression from voxel to voxel."
+)
 
 
 def answers(run: Run) -> list[Answer]:
@@ -299,14 +361,14 @@ def answers(run: Run) -> list[Answer]:
             Answer(
                 "Can I trust the tumor?",
                 [
-                    Finding(modality_name(m), "", "Not measured", "unsure", warning=_warning(m))
+                    Finding(modality_name(m), "", "Not measured", "unsure", warnings=_known(m))
                     for m in run.modalities
                 ],
             ),
         ]
     return [
-        Answer("Is it good?", [_quality(run, m) for m in run.modalities]),
-        Answer("Where is it bad?", [*_worst_images(run), *_worst_regions(run)]),
+        Answer("Is it good?", [_quality(run, m) for m in run.modalities], SIMPLE),
+        Answer("Where is it bad?", [*_worst_regions(run), *_worst_cases(run)]),
         Answer("Can I trust the tumor?", [_tumor(run, m) for m in run.modalities]),
     ]
 
@@ -316,52 +378,63 @@ def _quality(run: Run, modality: Modality) -> Finding:
     found = {figure: each for figure, each in contests.items() if each}
     lost = [FIGURE_NAMES[figure] for figure, each in found.items() if not each.ahead]
     psnr = found["psnr"]
+    floors = run.means[run.means["modality"] == modality]["method"]
+    fitted = bool(floors.isin(list(METHOD_NAMES)).any())
     if len(lost) == len(found):
         answer, level = "Not better", "bad"
     elif lost:
         answer, level = "Partly better", "unsure"
-    elif all(each.shown for each in found.values()):
-        answer, level = "Better", "good"
+    elif fitted and all(each.shown for each in found.values()):
+        answer, level = "Better than simple", "good"
     else:
-        answer, level = "Not shown", "unsure"
+        answer, level = "Not proven", "unsure"
     text = psnr.text
     if level == "unsure":
         chance = [FIGURE_NAMES[f] for f, each in found.items() if each.ahead and not each.shown]
         text += f" Not better in {' and '.join(lost)}." if lost else ""
         text += f" May be chance in {' and '.join(chance)}." if chance else ""
+    text += "" if fitted else " No regression was fitted, which is the hardest to beat."
     return Finding(modality_name(modality), text, answer, level, f"{psnr.value:.1f} dB")
 
 
-def _worst_images(run: Run) -> list[Finding]:
+def _worst_cases(run: Run) -> list[Finding]:
+    """Those with the lowest PSNR of an image, with all their images."""
     table = run.scores
     main = table[(table["method"] == run.main) & (table["region"] == "brain")]
-    worst = main.sort_values("psnr").head(WORST)
-    return [
-        Finding(
-            row["case"],
-            f"PSNR in the brain of its {modality_name(Modality(row['modality']))}; "
-            f"mean of all {main.loc[main['modality'] == row['modality'], 'psnr'].mean():.1f}.",
-            figure=f"{row['psnr']:.1f} dB",
-            link=anchor(row["case"], row["modality"]),
+    means = main.groupby("modality")["psnr"].mean()
+    findings = []
+    for subject in run.subjects[:WORST]:
+        rows = main[main["case"] == subject.case.id].sort_values("psnr").to_dict("records")
+        said = [
+            f"{MODALITY_NAMES[Modality(row['modality'])]} {row['psnr']:.1f} dB "
+            f"(mean {means[row['modality']]:.1f})"
+            for row in rows
+        ]
+        findings.append(
+            Finding(
+                subject.case.id,
+                f"PSNR in the brain: {', '.join(said)}.",
+                link=anchor(subject.case.id, rows[0]["modality"]) if subject.predictions else "",
+            )
         )
-        for row in worst.to_dict("records")
-    ]
+    return findings
 
 
 def _worst_regions(run: Run) -> list[Finding]:
-    """The region with the largest error of each modality."""
+    """The region with the largest error of each modality; without a tumor there is but one."""
     means = run.means[run.means["method"] == run.main]
     findings = []
     for modality in run.modalities:
         rows = means[means["modality"] == modality].set_index("region")["mae"]
         rows = rows[rows.index.isin(["healthy", *TUMOR_REGIONS])]
-        if not rows.empty:
+        if "WT" in rows:
             worst = str(rows.idxmax())
+            other = "WT" if worst == "healthy" else "healthy"
+            said = f"; {percent(rows[other])} in the {REGION_NAMES[other]}" if other in rows else ""
             findings.append(
                 Finding(
                     f"{modality_name(modality)}, {REGION_NAMES[worst]}",
-                    "mean error, in % of the range; "
-                    f"{percent(rows['healthy'])} in the healthy brain.",
+                    f"mean error, in % of {run.unit}{said}.",
                     figure=percent(rows[worst]),
                 )
             )
@@ -371,52 +444,74 @@ def _worst_regions(run: Run) -> list[Finding]:
 def _tumor(run: Run, modality: Modality) -> Finding:
     contests = [run.contest(modality, region, "psnr") for region in ("WT", "ET")]
     found = [each for each in contests if each]
-    warning = _warning(modality)
+    warnings = _known(modality)
     name = modality_name(modality)
     if not found:
         text = "There is no segmentation of a tumor."
-        return Finding(name, text, "Not measured", "unsure", warning=warning)
+        return Finding(name, text, "Not measured", "unsure", warnings=warnings)
+    held, failed = _held(run, modality)
     if not all(each.ahead for each in found):
         answer, level = "No", "bad"
+    elif failed:
+        answer, level = "Not its interval", "bad"
     elif not all(each.shown for each in found):
-        answer, level = "Not shown", "unsure"
-    elif warning:
+        answer, level = "Not proven", "unsure"
+    elif warnings:
         answer, level = "Not enhancement", "unsure"
     else:
         answer, level = "With care", "unsure"
     whole, *enhancing = found
     said = [whole.text]
     said += [f"Enhancing tumor: {each.value:.1f} dB; {each.against}." for each in enhancing]
-    said += _held(run, modality)
-    return Finding(name, " ".join(said), answer, level, f"{whole.value:.1f} dB", warning=warning)
+    cases = sum((m, r) == (modality, "brain") for _, m, r in run.figures)
+    if whole.cases < cases:
+        said.append(f"{whole.cases} of {cases} cases have a segmented tumor.")
+    if failed:
+        warnings = (held, *warnings)
+    elif held:
+        said.append(held)
+    return Finding(name, " ".join(said), answer, level, f"{whole.value:.1f} dB", warnings=warnings)
 
 
-def _warning(modality: Modality) -> str:
+def _known(modality: Modality) -> tuple[str, ...]:
     """What is to be known of any synthetic image of this kind."""
-    return " ".join(warnings_for(modality, ()))
+    return warnings_for(modality, ())
 
 
-def _held(run: Run, modality: Modality) -> list[str]:
-    """What the intervals held of the tumor, if there are any."""
-    rows = [run.held[key] for key in run.held if key[1:] == (modality, "WT")]
-    if not rows:
-        return []
-    promised, covered = (np.mean([row[key] for row in rows]) for key in ("promised", "covered"))
-    return [f"{percent(promised, 0)} intervals hold {percent(covered, 0)} of the tumor."]
+def missed(promised: float, covered: float) -> bool:
+    """Whether an interval that holds this share of a region misleads there."""
+    return covered < promised - FAR
+
+
+def _held(run: Run, modality: Modality) -> tuple[str, bool]:
+    """What the intervals held of the tumor, if there are any, and whether they failed in it."""
+    rows = [(key[2], row) for key, row in run.held.items() if key[1] == modality]
+    covered = {
+        region: float(np.mean([row["covered"] for name, row in rows if name == region]))
+        for region in ("WT", "ET")
+        if any(name == region for name, _ in rows)
+    }
+    if not covered:
+        return "", False
+    promised = rows[0][1]["promised"]
+    kind = "Calibrated" if all(row["calibrated"] for _, row in rows) else "Uncalibrated"
+    said = [f"{percent(share, 0)} of the {REGION_NAMES[name]}" for name, share in covered.items()]
+    return (
+        f"{kind} intervals: promised {percent(promised, 0)}, held {' and '.join(said)}.",
+        any(missed(promised, share) for share in covered.values()),
+    )
 
 
 def _widest(run: Run) -> list[Finding]:
-    """Where the intervals say nothing; without samples, that nobody knows."""
-    wide = [
-        (found.wide, subject.case.id, modality)
+    """Where the intervals say nothing; without samples, or calibration, nobody knows."""
+    found = [
+        (interval, subject.case.id, modality)
         for subject in run.subjects
         for modality, path in subject.predictions.items()
-        if (found := read_interval(path))
+        if (interval := read_interval(path))
     ]
-    if not wide:
-        text = "Unknown: neither a truth nor several samples are there."
-        return [Finding("", text, "Not measured", "unsure")]
-    return [
+    wide = [(each.wide, case, modality) for each, case, modality in found if each.calibrated]
+    findings = [
         Finding(
             case,
             f"{modality_name(modality)}: of the brain the interval says nothing.",
@@ -425,6 +520,14 @@ def _widest(run: Run) -> list[Finding]:
         )
         for share, case, modality in sorted(wide, reverse=True)[:WORST]
     ]
+    names = {modality_name(m): None for each, _, m in found if not each.calibrated}
+    if names:
+        text = f"The interval of {', '.join(names)} is not calibrated: it cannot say where."
+        findings.append(Finding("", text, "Not measured", "unsure"))
+    if not found:
+        text = "Unknown: neither a truth nor several samples are there."
+        findings.append(Finding("", text, "Not measured", "unsure"))
+    return findings
 
 
 def anchor(case: str, modality: str) -> str:

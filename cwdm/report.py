@@ -31,13 +31,14 @@ from cwdm.answers import (
     anchor,
     answers,
     method_name,
+    missed,
     modality_name,
     percent,
 )
 from cwdm.case import Case
 from cwdm.errors import InputError
-from cwdm.evaluate import ERASED, SHOWN_FIGURES
-from cwdm.files import atomic_write
+from cwdm.evaluate import ERASED, SHOWN_FIGURES, TUMOR_REGIONS
+from cwdm.files import atomic_write, sha256
 from cwdm.metrics import RANGE_QUANTILES, Aligned, affine_fit, intensity_range
 from cwdm.modality import Modality
 from cwdm.montage import NAMES as MODALITY_NAMES
@@ -95,6 +96,12 @@ class Row:
     covered: float | None
     agreement: float | None
 
+    @property
+    def ahead(self) -> bool:
+        """Better than the best floor, in the tumor also than the truth without it."""
+        erased = self.erased_psnr if self.region in TUMOR_REGIONS else None
+        return self.psnr > max(self.rival_psnr, -math.inf if erased is None else erased)
+
 
 @dataclass(frozen=True)
 class Page:
@@ -107,6 +114,10 @@ class Page:
     warnings: list[str]
     made: str
     """From what, by what."""
+    distrust: str
+    """Where in the tumor its interval failed; empty if nowhere."""
+    wide: str
+    """What the list of places that the interval says nothing of is worth; empty without one."""
     view: dict[str, Any]
     """What the viewer needs beside the volumes."""
 
@@ -150,9 +161,16 @@ def picture(run: Run, subject: Subject, *, volumes: bool = True) -> Picture:
     """Read the images of a case and make its pages.
 
     Raises:
-        InputError: an image is gone, damaged, or on another grid.
+        InputError: an image is gone, damaged, on another grid, or not the one that was measured.
     """
     case = subject.case
+    segmentation = [case.segmentation] if case.segmentation else []
+    for path in (*case.images.values(), *segmentation, *subject.predictions.values()):
+        if path in subject.digests and sha256(path) != subject.digests[path]:
+            raise InputError(
+                f"{path}: changed since it was measured, expected the same image; run cwdm "
+                "evaluate again"
+            )
     acquired = read_volumes(case, case.images)
     first = next(iter(acquired.values()))
     labels: NDArray[np.uint8] | None = None
@@ -224,8 +242,8 @@ def _page(
         low, high = _range(predicted.voxels, brain)
     else:
         brain = brain_mask(truth)
-        aligned = Aligned.of(predicted.voxels, truth.voxels, brain)
-        slope, offset = affine_fit(predicted.voxels, truth.voxels, brain)
+        aligned = Aligned.of(predicted.voxels, truth.voxels, brain, rising=True)
+        slope, offset = affine_fit(predicted.voxels, truth.voxels, brain, rising=True)
         window = _range(truth.voxels, brain, WINDOW)
         fitted = slope * predicted.voxels + np.float32(offset)
         more[key] = _Shown(_windowed(fitted, brain, window)[box])
@@ -250,6 +268,9 @@ def _page(
     everything = {**shown, **more}
     start, spacing = view["start"][2], voxel_size_mm(predicted.affine)
     outline = None if labels is None else labels[:, :, start]
+    warnings, made = _told(path, modality, run.measured)
+    if slope == 0:
+        warnings.append("It does not rise with the truth: after the fit nothing is left of it.")
     page = Page(
         case.id,
         modality,
@@ -258,10 +279,40 @@ def _page(
             for name, title, kind in panels
         ],
         _rows(run, case.id, modality),
-        *_told(path, modality, run.measured),
+        warnings,
+        made,
+        _missed(run, case.id, modality),
+        "" if found is None else _wide(found),
         view,
     )
     return page, more
+
+
+def _missed(run: Run, case: str, modality: Modality) -> str:
+    """In words, the regions of the tumor that the interval misleads in."""
+    rows = {name: run.held.get((case, str(modality), name)) for name in TUMOR_REGIONS}
+    said = [
+        (f"{percent(row['covered'], 0)} of the {REGION_NAMES[name]}", row["promised"])
+        for name, row in rows.items()
+        if row and missed(row["promised"], row["covered"])
+    ]
+    if not said:
+        return ""
+    promised = percent(said[0][1], 0)
+    return f"The interval promised {promised} and held {', '.join(text for text, _ in said)}."
+
+
+def _wide(interval: Interval) -> str:
+    """In words, what the regions of an interval are, and are not."""
+    if not interval.regions:
+        return ""
+    share = percent(interval.wide) if interval.wide >= 0.0005 else "less than 0.1 %"
+    count = len(interval.regions)
+    parts = f"the {count} largest parts" if count > 1 else "the largest part"
+    text = f"In {share} of the brain the interval is as wide as the brain's own range; {parts}:"
+    if interval.calibrated:
+        return text
+    return f"The interval is not calibrated, so that this list means little. {text}"
 
 
 def _told(path: Path, modality: Modality, measured: bool) -> tuple[list[str], str]:
@@ -269,6 +320,8 @@ def _told(path: Path, modality: Modality, measured: bool) -> tuple[list[str], st
     record = sidecar(path)
     try:
         made = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+        if not (isinstance(made, dict) and made.get("synthetic") is True and "cwdm" in made):
+            made = {}  # of another program
         warnings = [*dict.fromkeys([*warnings_for(modality, ()), *made.get("warnings", ())])]
         if measured and made.get("replaces"):  # withheld, of course: it is the truth
             replaces = Source(**made["replaces"])
@@ -434,8 +487,10 @@ def write_report(
         InputError: an image of the run is gone or damaged; or as `atomic_write`.
     """
 
+    shown = [subject for subject in run.subjects if subject.predictions]
+
     def pictures() -> Iterator[Picture]:
-        for number, subject in enumerate(run.subjects):
+        for number, subject in enumerate(shown):
             yield picture(run, subject, volumes=number < volumes)
             if progress:
                 progress()
@@ -465,7 +520,8 @@ def write_report(
         regions=[r for r in REGION_NAMES if r in set(run.scores.get("region", []))],
         data=_data(run),
         pictures=pictures(),
-        embedded=min(volumes, len(run.subjects)),
+        embedded=min(volumes, len(shown)),
+        shown=len(shown),
         methods=METHODS,
         text=lambda name: (FOLDER / name).read_text("utf-8"),
         viewer=json.loads((FOLDER / "niivue.json").read_text("utf-8")),
@@ -482,9 +538,18 @@ def _images(run: Run) -> list[dict[str, Any]]:
     """Rows of the table of images, worst first."""
     images = []
     for subject in run.subjects:
-        for modality in subject.predictions:
+        for modality in run.modalities:
             rows = {row.region: row for row in _rows(run, subject.case.id, modality)}
-            images.append({"case": subject.case.id, "modality": str(modality), "rows": rows})
+            there = modality in subject.predictions
+            if rows or there:
+                images.append(
+                    {
+                        "case": subject.case.id,
+                        "modality": str(modality),
+                        "rows": rows,
+                        "shown": there,
+                    }
+                )
     return sorted(images, key=lambda image: image["rows"]["brain"].psnr if image["rows"] else 0)
 
 
@@ -516,4 +581,4 @@ def _finite(value: float | None) -> float | None:
 
 
 def _decibel(value: float | None) -> str:
-    return "-" if value is None else "equal" if math.isinf(value) else f"{value:.1f}"
+    return "-" if value is None else f"{value:.1f}"

@@ -27,11 +27,11 @@ from cwdm.answers import Run, Subject, answers
 from cwdm.case import Case, find_cases
 from cwdm.cli.main import cwdm
 from cwdm.errors import InputError
-from cwdm.evaluate import ERASED, summarize
+from cwdm.evaluate import ERASED, summarize, write_tables
 from cwdm.metrics import RANGE_QUANTILES
 from cwdm.modality import Modality
 from cwdm.montage import WINDOW
-from cwdm.report import FOLDER, LABEL_STEP, Picture, picture, write_report
+from cwdm.report import FOLDER, LABEL_STEP, Picture, Row, picture, write_report
 from cwdm.volume import Volume, brain_mask, read_labels, read_volume, write_volume
 
 MARK = "cwdm 0 SYNTHETIC t2f, not acquired; research use only"
@@ -78,7 +78,8 @@ def sampled(voxels: NDArray[np.float32], truth: Any, path: Path) -> None:
         "regions": [{"voxels": 64, "first": [3, 4, 5], "last": [6, 7, 8]}],
     }  # fmt: skip
     record = {
-        "synthetic": True, "interval": interval, "warnings": ["Something <b>to know</b>."],
+        "synthetic": True, "cwdm": "0", "interval": interval,
+        "warnings": ["Something <b>to know</b>."],
         "model": {"name": "m.safetensors"}, "inputs": {"t1n": {}, "t2w": {}},
         "samples": 3, "seed": 7,
     }  # fmt: skip
@@ -94,16 +95,23 @@ def report(run: Path) -> Path:
     return run / "report.html"
 
 
-def table(
-    ours: float, floor: float, *, cases: int, erased: float | None = None, modality: str = "t2f"
-) -> Run:
-    """A run of these PSNR; ours is 0.3 dB higher or lower from case to case."""
+def scores(
+    ours: float,
+    floor: float,
+    *,
+    cases: int,
+    erased: float | None = None,
+    modality: str = "t2f",
+    best: str = "boosting",
+) -> pd.DataFrame:
+    """Of these PSNR; ours is 0.3 dB higher or lower from case to case. The last has no tumor."""
     rows = []
-    methods = {"ours": ("model", ours), "copy t2w": ("floor", floor)}
+    methods = {"ours": ("model", ours), best: ("floor", floor)}
     if erased is not None:
         methods[ERASED] = ("spoilt truth", erased)
     for number in range(cases):
-        for region in ("brain", "healthy", *(("WT", "ET") if erased is not None else ())):
+        tumor = ("WT", "ET") if erased is not None and number < cases - 1 else ()
+        for region in ("brain", "healthy", *tumor):
             for method, (kind, psnr) in methods.items():
                 value = psnr + 0.3 * (-1) ** number * (method == "ours")
                 rows.append(
@@ -114,33 +122,51 @@ def table(
                         "ncc": 0.5,
                     }
                 )  # fmt: skip
-    frame = pd.DataFrame(rows)
+    return pd.DataFrame(rows)
+
+
+def table(frame: pd.DataFrame, held: pd.DataFrame | None = None) -> Run:
+    """A run of these scores, without images."""
     record = {"methods": ["ours"], "summary": summarize(frame).to_dict("records")}
-    predictions = {Modality(modality): Path("x.nii.gz")}
-    subjects = [Subject(Case(str(number), {}), predictions) for number in range(cases)]
-    return Run(Path("run"), record, frame, pd.DataFrame(), subjects)
+    subjects = [Subject(Case(case, {}), {}) for case in frame["case"].unique()]
+    return Run(Path("run"), record, frame, pd.DataFrame() if held is None else held, subjects)
+
+
+def coverage(share: float, calibrated: bool) -> pd.DataFrame:
+    """What an interval for 80 % held of the tumor of eight cases; of the enhancing one all."""
+    return pd.DataFrame(
+        {
+            "case": str(number), "modality": "t2f", "method": "ours", "region": region,
+            "promised": 0.8, "covered": covered, "agreement": 0.1, "wide": 0.0,
+            "calibrated": calibrated,
+        }
+        for number in range(8) for region, covered in (("WT", share), ("ET", 1.0))
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("ours", "floor", "cases", "expected"),
+    ("ours", "floor", "cases", "best", "expected"),
     [
-        (20, 18, 8, "Better"),
-        (18, 20, 8, "Not better"),
-        (20, 18, 4, "Not shown"),  # Wilcoxon's smallest p of four cases is 1/8
-        (20.1, 20, 8, "Not shown"),  # ahead in the mean, not in every case
+        (20, 18, 8, "boosting", "Better than simple"),
+        (18, 20, 8, "boosting", "Not better"),
+        (20, 18, 4, "boosting", "Not proven"),  # Wilcoxon's smallest p of four cases is 1/8
+        (20.1, 20, 8, "boosting", "Not proven"),  # ahead in the mean, not in every case
+        (20, 18, 8, "copy t2w", "Not proven"),
+        (18, 20, 8, "copy t2w", "Not better"),
     ],
 )
 def test_quality_is_claimed_only_where_a_test_shows_it(
-    ours: float, floor: float, cases: int, expected: str
+    ours: float, floor: float, cases: int, best: str, expected: str
 ) -> None:
-    found = table(ours, floor, cases=cases)
+    found = table(scores(ours, floor, cases=cases, best=best))
     (finding,) = answers(found)[0].findings
     assert finding.answer == expected
     assert finding.figure == f"{ours:.1f} dB"
+    assert ("No regression was fitted" in finding.text) == (best == "copy t2w")
     wide = found.scores.query("region == 'brain'").pivot(
         index="case", columns="method", values="psnr"
     )
-    p = stats.wilcoxon(wide["ours"], wide["copy t2w"]).pvalue
+    p = stats.wilcoxon(wide["ours"], wide[best]).pvalue
     assert f"p = {p:.2g}" in finding.text.replace("\xa0", " ")
 
 
@@ -158,24 +184,132 @@ def test_quality_is_claimed_only_where_a_test_shows_it(
 def test_the_tumor_is_never_simply_trusted(
     erased: float | None, modality: str, expected: str
 ) -> None:
-    (finding,) = answers(table(20, 18, cases=8, erased=erased, modality=modality))[2].findings
+    frame = scores(20, 18, cases=9, erased=erased, modality=modality)
+    (finding,) = answers(table(frame))[2].findings
     assert finding.answer == expected
-    assert ("Enhancement" in finding.warning) == (modality == "t1c")
+    assert ("Enhancement" in " ".join(finding.warnings)) == (modality == "t1c")
+    assert ("8 of 9 cases have a segmented tumor" in finding.text) == (erased is not None)
     if erased == 25:
         assert "the truth with its tumor erased has 25.0" in finding.text
 
 
-def test_the_worst_image_and_region_are_named_first(run: Path) -> None:
+@pytest.mark.parametrize(
+    ("share", "calibrated", "answer", "said"),
+    [
+        (0.23, False, "Not its interval", "Uncalibrated intervals: promised 80 %, held 23 % of"),
+        (0.59, True, "Not its interval", "Calibrated intervals: promised 80 %, held 59 % of"),
+        (0.61, True, "With care", "Calibrated intervals: promised 80 %, held 61 % of"),
+    ],
+)
+def test_an_interval_that_fails_in_the_tumor_is_a_warning(
+    share: float, calibrated: bool, answer: str, said: str
+) -> None:
+    run = table(scores(20, 18, cases=9, erased=15), coverage(share, calibrated))
+    (finding,) = answers(run)[2].findings
+    assert finding.answer == answer
+    place = finding.text if answer == "With care" else finding.warnings[0]
+    assert f"{said} the whole tumor and 100 % of the enhancing tumor." in place
+
+
+def test_regions_are_named_first_then_the_worst_cases(run: Path) -> None:
     found = Run.read(run)
-    worst, *others = answers(found)[1].findings
-    ours = found.scores.query("method == 'cwdm' and region == 'brain'")
-    lowest = min(ours.to_dict("records"), key=lambda row: row["psnr"])
-    assert (worst.subject, worst.figure) == (lowest["case"], f"{lowest['psnr']:.1f} dB")
-    assert unquote(worst.link) == f"#case/{lowest['case']}/{lowest['modality']}"
-    assert found.subjects[0].case.id == worst.subject
+    findings = answers(found)[1].findings
     means = found.scores.query("method == 'cwdm' and modality == 't2f'")
     tumor = means.groupby("region")["mae"].mean()[["healthy", "WT", "TC", "ET"]]
-    assert f"{100 * tumor.max():.1f} %" in [finding.figure for finding in others]
+    assert f"{100 * tumor.max():.1f} %" in [finding.figure for finding in findings[:2]]
+    worst, *_ = cases = findings[2:]
+    ours = found.scores.query("method == 'cwdm' and region == 'brain'")
+    lowest = min(ours.to_dict("records"), key=lambda row: row["psnr"])
+    assert len({finding.subject for finding in cases}) == len(cases) == 3
+    assert worst.subject == found.subjects[0].case.id == lowest["case"]
+    assert unquote(worst.link) == f"#case/{lowest['case']}/{lowest['modality']}"
+    for psnr in ours.loc[ours["case"] == lowest["case"], "psnr"]:
+        assert f" {psnr:.1f} dB (mean" in worst.text
+
+
+def test_without_a_tumor_no_region_is_the_worst() -> None:
+    findings = answers(table(scores(20, 18, cases=8)))[1].findings
+    assert [finding.subject for finding in findings] == ["0", "1", "2"]
+
+
+def test_a_tumor_is_good_only_if_it_beats_the_truth_without_it() -> None:
+    def ahead(region: str, erased: float | None) -> bool:
+        return Row(region, 20, 0.5, 0.1, "zeros", 15, erased, None, None).ahead
+
+    assert ahead("WT", 18)
+    assert not ahead("WT", 22)
+    assert ahead("brain", 22)  # right everywhere but in the tumor
+    assert ahead("WT", None)
+
+
+def test_tables_without_images_are_figures(tmp_path: Path) -> None:
+    """As written in Python; of cases with names that pandas takes for nothing."""
+    names = dict(zip("012", ("NA", "null", "1e5"), strict=True))
+    frame = scores(20, 18, cases=3)
+    frame["case"] = frame["case"].map(names)
+    frame["protocol"] = "brasyn"
+    write_tables(frame, tmp_path, notes={})
+    run = Run.read(tmp_path)
+    assert {subject.case.id for subject in run.subjects} == {*names.values()}
+    write_report(run, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text("utf-8")
+    assert "does not name the images of 3 cases" in text
+    assert '<td class="number" data-sort="20.3">20.3</td>' in text
+    assert 'class="page"' not in text
+    assert "in % of the data range of protocol brasyn" in text
+    assert "not those of the tables" in text
+
+
+def test_only_what_was_judged_is_shown(run: Path, tmp_path: Path) -> None:
+    """A prediction without scores; a table of an earlier run that the record does not name."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    record = json.loads((run / "summary.json").read_text())
+    assert record["uncertainty"] == "uncertainty.csv"
+    assert len(Run.read(run).reliabilities) > 0
+    record["uncertainty"] = None
+    for entry in record["images"]:
+        entry["predictions"]["cwdm"]["t1n"] = "x-t1n.nii.gz"
+    (copy / "summary.json").write_text(json.dumps(record))
+    found = Run.read(copy)
+    assert len(found.reliabilities) == 0
+    assert found.modalities == [Modality.T1C, Modality.T2F]
+    assert {m for each in found.subjects for m in each.predictions} == {*found.modalities}
+
+
+@pytest.mark.parametrize("kind", ["prediction", "acquired", "segmentation"])
+def test_an_image_that_changed_is_not_shown_as_the_one_measured(
+    run: Path, tmp_path: Path, kind: str
+) -> None:
+    subject = Run.read(run).subjects[0]
+    path = {
+        "prediction": subject.predictions[Modality.T2F],
+        "acquired": subject.case.images[Modality.T1N],
+        "segmentation": subject.case.segmentation,
+    }[kind]
+    assert path is not None
+    changed = tmp_path / path.name
+    changed.write_bytes(path.read_bytes() + b"\0")
+    record = (run / "summary.json").read_text()
+    (tmp_path / "run").mkdir()
+    for name in ("metrics.csv", "uncertainty.csv"):
+        shutil.copy(run / name, tmp_path / "run")
+    names = {name for entry in json.loads(record)["images"] for name in entry["sha256"]}
+    (place,) = (name for name in names if run / name == path)
+    (tmp_path / "run" / "summary.json").write_text(record.replace(place, str(changed)))
+    found = Run.read(tmp_path / "run")
+    message = re.escape(f"{changed}: changed since it was measured, expected the same image; run")
+    with pytest.raises(InputError, match=message):
+        write_report(found, tmp_path / "report.html")
+
+
+def test_an_inverted_image_is_not_shown_the_right_way_round(run: Path, tmp_path: Path) -> None:
+    found = Run.read(run)
+    case = found.subjects[0].case
+    truth = read_volume(case.images[Modality.T2F])
+    path = tmp_path / "x-t2f.nii.gz"
+    write_volume(-truth.voxels, truth, path, description=MARK)
+    (page,) = picture(found, Subject(case, {Modality.T2F: path}), volumes=False).pages
+    assert any("does not rise with the truth" in warning for warning in page.warnings)
 
 
 def unpack(made: Picture, key: str) -> NDArray[np.uint8]:
@@ -278,6 +412,11 @@ def test_the_row_of_a_page_holds_what_was_measured(run: Path) -> None:
         assert row.psnr == there.loc["cwdm", "psnr"]
         assert row.rival_psnr == there.query("kind == 'floor'")["psnr"].max()
         assert row.erased_psnr == there.loc[ERASED, "psnr"]
+    held = found.reliabilities.query(f"case == '{made.case}'").set_index("region")["covered"]
+    assert (held[["WT", "TC", "ET"]] < 0.6).all()
+    assert f"promised 80 % and held {100 * held['WT']:.0f} % of the whole tumor" in page.distrust
+    assert "not calibrated" in page.wide
+    assert "In 25.0 % of the brain" in page.wide
     assert page.warnings == ["Something <b>to know</b>."]
     assert page.made == "Made from t1n, t2w by m.safetensors, mean of 3 samples, seed 7."
     titles = [(panel.title, panel.kind) for panel in page.panels]
@@ -323,26 +462,60 @@ def test_one_case_at_a_time_is_in_memory(run: Path, tmp_path: Path) -> None:
     assert sizes[0] < sizes[1] < sizes[2] < sizes[3] < (tmp_path / "report.html").stat().st_size
 
 
-def test_completed_cases_have_a_report_that_measures_nothing(run: Path, tmp_path: Path) -> None:
+def completed(run: Path, root: Path) -> Path:
+    """The worst case, its FLAIR synthetic, in a folder of its own."""
     subject = Run.read(run).subjects[0]
-    folder = tmp_path / "completed" / subject.case.id
+    folder = root / subject.case.id
     folder.mkdir(parents=True)
     for modality in (Modality.T1N, Modality.T1C, Modality.T2W):
         shutil.copy(subject.case.images[modality], folder)
     made = subject.predictions[Modality.T2F]
     for path in made.parent.glob(made.name.removesuffix(".nii.gz") + "*"):
         shutil.copy(path, folder)
-    result = invoke("report", tmp_path / "completed")
+    return folder
+
+
+def test_completed_cases_have_a_report_that_measures_nothing(
+    run: Path, tmp_path: Path, make_case: Callable[..., Path]
+) -> None:
+    root = tmp_path / "completed"
+    folder = completed(run, root)
+    shutil.copytree(make_case(), root / "complete before")
+    result = invoke("report", root)
     assert result.exit_code == 0, result.output
-    found = Run.read(tmp_path / "completed")
-    assert [answer.findings[0].answer for answer in answers(found)] == [
-        "Not measured", "", "Not measured",
-    ]  # fmt: skip
-    assert answers(found)[1].findings[0].figure == "25 %"
+    found = Run.read(root)
+    assert [answer.findings[0].answer for answer in answers(found)] == ["Not measured"] * 3
+    assert "FLAIR (t2f) is not calibrated" in answers(found)[1].findings[0].text
     page = picture(found, found.subjects[0]).pages[0]
     assert [panel.kind for panel in page.panels] == [*["acquired"] * 3, "synthetic", "deviation"]
-    text = (tmp_path / "completed" / "report.html").read_text("utf-8")
+    text = (root / "report.html").read_text("utf-8")
     assert "nothing was measured" in text
+    assert "1 without a synthetic image, not shown" in text
+    (record,) = folder.glob("*.json")
+    record.write_text(record.read_text().replace('"calibrated": false', '"calibrated": true'))
+    (finding,) = answers(Run.read(root))[1].findings
+    assert (finding.answer, finding.figure) == ("", "25 %")
+
+
+@pytest.mark.parametrize("foreign", ["[1, 2]", '"text"', "null", '{"model": "x", "warnings": 3}'])
+def test_the_record_of_another_program_is_none(run: Path, tmp_path: Path, foreign: str) -> None:
+    folder = completed(run, tmp_path)
+    (record,) = folder.glob("*.json")
+    record.write_text(foreign)
+    found = Run.read(tmp_path)
+    (page,) = picture(found, found.subjects[0], volumes=False).pages
+    assert (page.warnings, page.made) == ([], "No record of how it was made.")
+    record.write_text('{"synthetic": true, "cwdm": "0", "model": 3, "interval": null}')
+    with pytest.raises(InputError, match=r"json: not a record of cwdm, expected the one of the"):
+        picture(found, found.subjects[0], volumes=False)
+
+
+def test_synthetic_images_alone_are_not_a_case(run: Path, tmp_path: Path) -> None:
+    folder = completed(run, tmp_path)
+    for path in folder.glob("*-t[12][ncw].nii.gz"):
+        path.unlink()
+    with pytest.raises(InputError, match=rf"{folder}: case .* has only synthetic images, expected"):
+        Run.read(tmp_path)
 
 
 def test_what_cannot_be_shown_is_one_line(
@@ -352,7 +525,9 @@ def test_what_cannot_be_shown_is_one_line(
     assert result.exit_code == 2
     assert f"{report}: already exists" in result.stderr
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"empty: no summary.json and no completed case, expected"):
+    with pytest.raises(
+        InputError, match=r"empty: no summary.json of cwdm evaluate; .*no case in it"
+    ):
         Run.read(tmp_path / "empty")
     with pytest.raises(InputError, match=r"case: no case has a synthetic image"):
         Run.read(make_case())
@@ -361,7 +536,8 @@ def test_what_cannot_be_shown_is_one_line(
     (broken / "summary.json").write_text("{}")
     with pytest.raises(InputError, match=r"metrics.csv: not there, expected a run of"):
         Run.read(broken)
-    shutil.copy(run / "metrics.csv", broken)
+    for name in ("metrics.csv", "uncertainty.csv"):
+        shutil.copy(run / name, broken)
     with pytest.raises(InputError, match=r"summary.json: not a run that can be shown"):
         Run.read(broken)
     record = json.loads((run / "summary.json").read_text())
@@ -447,6 +623,9 @@ def test_the_answers_are_on_the_first_screen(page: Page) -> None:
         box = page.get_by_role("heading", name=question).bounding_box()
         assert box is not None
         assert box["y"] < 200
+    cards = page.locator("#answers").bounding_box()
+    assert cards is not None
+    assert cards["y"] + cards["height"] < 800
     assert "Enhancement in a synthetic T1c is a guess" in page.locator("#answers").inner_text()
 
 
@@ -568,6 +747,12 @@ def test_by_keyboard_alone_from_the_top_to_a_case_and_back(page: Page) -> None:
     expect(page).not_to_have_url(first)
     page.keyboard.press("k")
     expect(page).to_have_url(first)
+    second = page.locator("#images tbody a").nth(1).get_attribute("href")
+    page.evaluate("location.hash = location.hash.replaceAll('-', '%2D')")  # as others encode it
+    page.keyboard.press("j")
+    page.wait_for_function("hash => location.hash === hash", arg=second)
+    page.keyboard.press("k")
+    expect(page).to_have_url(first)
     page.keyboard.press("?")
     expect(page.locator("#help")).to_be_visible()
     page.keyboard.press("Escape")
@@ -607,5 +792,8 @@ def test_the_viewer_draws(page: Page) -> None:
 
 
 def test_it_prints_the_summary_and_a_page_for_each_image(page: Page) -> None:
+    page.emulate_media(media="print")
+    expect(page.locator(".paper .model circle").locator("visible=true")).to_have_count(2 * 4)
+    expect(page.locator("select").locator("visible=true")).to_have_count(0)
     pdf = page.pdf(prefer_css_page_size=True)
     assert len(re.findall(rb"/Type\s*/Page\b", pdf)) >= 2 + 8

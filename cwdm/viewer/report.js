@@ -51,8 +51,11 @@ function plot() {
   const [modality, region, figure] = ["modality", "region", "figure"].map((id) => one(`#${id}`).value);
   for (const row of one("#summary").tBodies[0].rows)
     row.hidden = row.dataset.modality !== modality || row.dataset.region !== region;
-  const svg = one("#plot"), better = figure === "mae" ? 1 : -1;
-  const ranks = { model: 0, floor: 1, "spoilt truth": 2 };
+  draw(one("#plot"), modality, region, figure);
+}
+
+function draw(svg, modality, region, figure) {
+  const better = figure === "mae" ? 1 : -1, ranks = { model: 0, floor: 1, "spoilt truth": 2 };
   const rows = data.series.filter((s) => s.modality === modality && s.region === region)
     .sort((a, b) => ranks[a.kind] - ranks[b.kind] || better * (a[`${figure}_mean`][0] - b[`${figure}_mean`][0]));
   svg.replaceChildren();
@@ -102,7 +105,10 @@ if (one("#plot")) {
   for (const id of ["modality", "region", "figure"]) one(`#${id}`).addEventListener("change", plot);
   svg.addEventListener("pointerover", (event) => point(event.target.closest("circle")));
   svg.addEventListener("focusin", (event) => point(event.target.closest("circle")));
-  const lead = (circle) => { location.hash = address(data.cases[circle.dataset.case], one("#modality").value); };
+  const lead = (circle) => {
+    const place = address(data.cases[circle.dataset.case], one("#modality").value);
+    if (document.getElementById(decodeURIComponent(place.slice(1)))) location.hash = place;
+  };
   svg.addEventListener("click", (event) => { const dot = event.target.closest("circle"); if (dot) lead(dot); });
   svg.addEventListener("keydown", (event) => {  // one stop of Tab, arrows from dot to dot
     const dots = all("circle", svg), at = dots.indexOf(document.activeElement);
@@ -117,6 +123,7 @@ if (one("#plot")) {
     next.focus();
   });
   plot();
+  for (const paper of all(".paper svg")) draw(paper, paper.dataset.modality, "brain", "psnr");
 }
 
 // Volumes: mosaics of axial slices, unpacked for the case that is open.
@@ -377,7 +384,7 @@ function route() {
   if (!target) {
     if (!current) return;
     const left = `#${current.section.id}`;  // back to the link one came by
-    all("#images tbody a").find((link) => decodeURIComponent(link.hash) === left).focus();
+    all("#images tbody a").find((link) => decodeURIComponent(link.hash) === left)?.focus();
     current = null;
     Object.assign(inner, { number: null, volumes: {} });
     return;
@@ -391,9 +398,10 @@ function route() {
 
 /** The images in the order of their table. */
 function step(by) {
-  const links = all("#images tbody a").map((link) => link.getAttribute("href"));
-  const at = links.indexOf(location.hash);
-  location.hash = links[(at + by + links.length + (at < 0 && by < 0)) % links.length];
+  const links = all("#images tbody a"), here = decodeURIComponent(location.hash);
+  const at = links.findIndex((link) => decodeURIComponent(link.hash) === here);
+  const next = links[(at + by + links.length + (at < 0 && by < 0)) % links.length];
+  if (next) location.hash = next.hash;
 }
 
 for (const button of all("[data-step]")) button.addEventListener("click", () => step(+button.dataset.step));
