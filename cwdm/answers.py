@@ -453,7 +453,7 @@ def _tumor(run: Run, modality: Modality) -> Finding:
     if not all(each.ahead for each in found):
         answer, level = "No", "bad"
     elif failed:
-        answer, level = "Not its interval", "bad"
+        answer, level = "Interval fails", "bad"
     elif not all(each.shown for each in found):
         answer, level = "Not proven", "unsure"
     elif warnings:

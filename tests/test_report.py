@@ -196,8 +196,8 @@ def test_the_tumor_is_never_simply_trusted(
 @pytest.mark.parametrize(
     ("share", "calibrated", "answer", "said"),
     [
-        (0.23, False, "Not its interval", "Uncalibrated intervals: promised 80 %, held 23 % of"),
-        (0.59, True, "Not its interval", "Calibrated intervals: promised 80 %, held 59 % of"),
+        (0.23, False, "Interval fails", "Uncalibrated intervals: promised 80 %, held 23 % of"),
+        (0.59, True, "Interval fails", "Calibrated intervals: promised 80 %, held 59 % of"),
         (0.61, True, "With care", "Calibrated intervals: promised 80 %, held 61 % of"),
     ],
 )
