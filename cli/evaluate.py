@@ -46,11 +46,12 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 )
 @click.option(
     "--protocol",
-    type=click.Choice(["aligned", "brasyn", "published"]),
+    type=click.Choice(["aligned", "brasyn", "published", "cwdm"]),
+    callback=lambda ctx, param, value: "published" if value == "cwdm" else value,
     default="aligned",
     show_default=True,
     help="How images are scaled and where they are compared: after a fit of the intensities in the "
-    "brain; as in the BraSyn challenge; or as published for cWDM.",
+    "brain; as in the BraSyn challenge; or as published for cWDM, which has two names.",
 )
 @click.option(
     "--model",

@@ -649,16 +649,17 @@ def test_floors_may_not_be_fitted_on_the_truth(judged: list[str], tmp_path: Path
     assert "case p1 is also among --truth" in result.stderr
 
 
-@pytest.mark.parametrize("protocol", ["brasyn", "published"])
+@pytest.mark.parametrize("asked", ["brasyn", "published", "cwdm"])
 def test_the_command_uses_the_protocol_and_segmentations_asked_for(
-    judged: list[str], make_image: MakeImage, tmp_path: Path, protocol: str
+    judged: list[str], make_image: MakeImage, tmp_path: Path, asked: str
 ) -> None:
+    protocol = asked.replace("cwdm", "published")
     labels = np.zeros(SHAPE, dtype=np.uint8)
     labels[10:14, 9:13, 8:12] = 4
     make_image("seg/p1-seg.nii.gz", voxels=labels)
     arguments = [a for a in judged if not a.startswith("--fit")]
-    asked = [f"--protocol={protocol}", f"--seg={tmp_path / 'seg'}"]
-    result = CliRunner().invoke(cwdm, [*arguments, *asked])
+    words = [f"--protocol={asked}", f"--seg={tmp_path / 'seg'}"]
+    result = CliRunner().invoke(cwdm, [*arguments, *words])
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith(f"Protocol {protocol}. ")
     assert "PSNR ET" in result.stdout
