@@ -1,0 +1,84 @@
+"""How few steps are as good as all: PSNR and SSIM in the brain by sampler and number of steps.
+
+    python benchmarks/steps.py CASES [--target t2f] [--sampler ddim] [--steps 1,2,5,10] [--full N]
+
+Cases are complete ones that the model was not trained on; the target of each is withheld. The last
+number of steps is the full chain; the fewest that are within 0.1 dB of it are marked.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from cwdm.case import Case, find_cases
+from cwdm.evaluate import Prediction, compare, complete_cases
+from cwdm.modality import Modality, parse_modality
+from cwdm.synthesis import Synthesizer
+
+NEAR_DB = 0.1
+
+
+class Row(NamedTuple):
+    """Means over the cases."""
+
+    steps: int
+    psnr: float
+    ssim: float
+    seconds: float
+
+
+def measured(
+    synthesizer: Synthesizer,
+    cases: Sequence[Case],
+    sampler: str,
+    steps: int,
+    step_done: Callable[[], object],
+) -> Row:
+    scores, seconds = [], []
+
+    def show(done: int, total: int) -> None:
+        step_done()
+
+    def predict(case: Case, target: Modality) -> Prediction:
+        made = synthesizer(case, sampler=sampler, steps=steps, progress=show)
+        seconds.append(made.provenance.seconds)
+        return Prediction.of(made)
+
+    for case in cases:
+        (comparison,) = compare(case, {sampler: predict}, targets=[synthesizer.target])
+        scores += [s for s in comparison.scores if (s.kind, s.region) == ("model", "brain")]
+    psnr, ssim = mean(s.psnr for s in scores), mean(s.ssim for s in scores)
+    return Row(steps, psnr, ssim, mean(seconds))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cases", type=Path)
+    parser.add_argument("--target", default="t2f", type=parse_modality)
+    parser.add_argument("--sampler", action="append", help="repeatable [ddim, ddpm, dpm++2m]")
+    parser.add_argument("--steps", default="1,2,5,10,25,50,100")
+    parser.add_argument("--full", default=1000, type=int, help="steps of the full chain")
+    parser.add_argument("--model", type=Path, help="a model file; else the one that ships")
+    options = parser.parse_args()
+    cases = complete_cases(find_cases(options.cases))
+    synthesizer = Synthesizer.load(options.target, options.model)
+    counts = [*sorted(map(int, options.steps.split(","))), options.full]
+    print(f"{options.target}, {len(cases)} case(s), {synthesizer.model.config.name}")
+    print("| sampler | steps | PSNR, dB | SSIM | seconds | |\n|---|---:|---:|---:|---:|---|")
+    for sampler in options.sampler or ["ddim", "ddpm", "dpm++2m"]:
+        with tqdm(total=len(cases) * sum(counts), desc=sampler, unit="step") as bar:
+            rows = [measured(synthesizer, cases, sampler, steps, bar.update) for steps in counts]
+        fewest = next(row.steps for row in rows if row.psnr >= rows[-1].psnr - NEAR_DB)
+        for row in rows:
+            told = "full chain" if row is rows[-1] else ""
+            told = "fewest within 0.1 dB" if row.steps == fewest else told
+            figures = f"{row.psnr:.2f} | {row.ssim:.3f} | {row.seconds:.1f}"
+            print(f"| {sampler} | {row.steps} | {figures} | {told} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
