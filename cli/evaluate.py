@@ -124,27 +124,29 @@ def evaluate(
     from cwdm.case import find_cases
     from cwdm.errors import InputError
     from cwdm.evaluate import (
-        FILES,
-        RELIABILITY_FILE,
         Predictions,
         compare,
         complete_cases,
-        contests,
         images,
-        markdown,
         picture,
-        summarize,
         tabulate,
-        trust,
-        verdicts,
         with_segmentations,
-        write_tables,
     )
     from cwdm.files import check_target
     from cwdm.imputation import apart
     from cwdm.modality import parse_modality
     from cwdm.montage import write_png
     from cwdm.protocols import PROTOCOLS
+    from cwdm.summary import (
+        FILES,
+        RELIABILITY_FILE,
+        contests,
+        markdown,
+        summarize,
+        trust,
+        verdicts,
+        write_tables,
+    )
     from cwdm.synthesis import output_paths
 
     for file in (*FILES, RELIABILITY_FILE):

@@ -20,12 +20,13 @@ import pandas as pd
 from cwdm import __version__
 from cwdm.case import Case, find_cases
 from cwdm.errors import InputError
-from cwdm.evaluate import ALIGNED, ERASED, LOWER_IS_BETTER, SHOWN_FIGURES, TUMOR_REGIONS
-from cwdm.evaluate import NAMES as METHOD_NAMES
+from cwdm.evaluate import ALIGNED
 from cwdm.modality import SEQUENCES, Modality
 from cwdm.montage import NAMES as MODALITY_NAMES
 from cwdm.provenance import read_interval, warnings_for
 from cwdm.significance import interval, paired
+from cwdm.summary import ERASED, LOWER_IS_BETTER, SHOWN_FIGURES, TUMOR_REGIONS
+from cwdm.summary import NAMES as METHOD_NAMES
 from cwdm.volume import is_synthetic
 
 __all__ = [

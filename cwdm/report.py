@@ -37,7 +37,6 @@ from cwdm.answers import (
 )
 from cwdm.case import Case
 from cwdm.errors import InputError
-from cwdm.evaluate import ERASED, SHOWN_FIGURES, TUMOR_REGIONS
 from cwdm.files import atomic_write, sha256
 from cwdm.metrics import RANGE_QUANTILES, Aligned, affine_fit, intensity_range
 from cwdm.modality import Modality
@@ -46,6 +45,7 @@ from cwdm.montage import WINDOW, inferno, voxel_size_mm
 from cwdm.provenance import Interval, Source, read_interval, sidecar, warnings_for
 from cwdm.segmentation import brats_labels, regions
 from cwdm.significance import METHODS
+from cwdm.summary import ERASED, SHOWN_FIGURES, TUMOR_REGIONS
 from cwdm.volume import Volume, brain_mask, read_labels, read_map, read_volumes
 
 __all__ = [

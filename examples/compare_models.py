@@ -17,21 +17,11 @@ from tqdm import tqdm
 
 from cwdm.anatomy import mni152
 from cwdm.case import Case, find_cases
-from cwdm.evaluate import (
-    Prediction,
-    compare,
-    complete_cases,
-    contests,
-    markdown,
-    picture,
-    summarize,
-    tabulate,
-    verdicts,
-    write_tables,
-)
+from cwdm.evaluate import Prediction, compare, complete_cases, picture, tabulate
 from cwdm.modality import Modality
 from cwdm.montage import write_png
 from cwdm.simulate import simulate, write_case
+from cwdm.summary import contests, markdown, summarize, verdicts, write_tables
 from cwdm.synthesis import Synthesizer
 
 TARGET = Modality.T2F

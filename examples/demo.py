@@ -12,20 +12,11 @@ from tqdm import tqdm
 
 from cwdm.anatomy import mni152
 from cwdm.case import read_case
-from cwdm.evaluate import (
-    Predictions,
-    compare,
-    draw_sample,
-    fit_regressions,
-    markdown,
-    picture,
-    summarize,
-    tabulate,
-    verdicts,
-)
+from cwdm.evaluate import Predictions, compare, draw_sample, fit_regressions, picture, tabulate
 from cwdm.modality import Modality
 from cwdm.montage import write_png
 from cwdm.simulate import simulate, write_case
+from cwdm.summary import markdown, summarize, verdicts
 from cwdm.synthesis import Synthesizer
 
 MISSING = Modality.T2F

@@ -32,6 +32,7 @@ ROWS = {
         "segmentation",
         "significance",
         "spoilt",
+        "summary",
         "volume",
     },
     "tensors": {
@@ -60,7 +61,16 @@ ROW_OF = {module: depth for depth, modules in enumerate(ROWS.values()) for modul
 HOMES = {
     "nibabel": {"volume"},
     "torchio": {"dataset"},
-    "pandas": {"cohort", "evaluate", "handoff", "imputation", "answers", "overlap", "significance"},
+    "pandas": {
+        "cohort",
+        "evaluate",
+        "handoff",
+        "imputation",
+        "answers",
+        "overlap",
+        "significance",
+        "summary",
+    },
     "ray": {"executors"},
     "submitit": {"executors"},
     "nilearn": {"anatomy"},

@@ -19,32 +19,34 @@ from cwdm.case import Case, read_case
 from cwdm.cli.main import cwdm
 from cwdm.errors import InputError
 from cwdm.evaluate import (
-    FILES,
     Predict,
     Prediction,
     Predictions,
     Score,
     compare,
     complete_cases,
-    contests,
-    differences,
     draw_sample,
     evaluate,
     fit_regressions,
-    markdown,
     picture,
     reliability,
-    summarize,
     tabulate,
-    trust,
-    verdicts,
     with_segmentations,
-    write_tables,
 )
 from cwdm.files import sha256
 from cwdm.metrics import Aligned, mae, mse, ncc, psnr, ssim
 from cwdm.modality import SEQUENCES, Modality
 from cwdm.protocols import FIGURES, PROTOCOLS, REGIONS
+from cwdm.summary import (
+    FILES,
+    contests,
+    differences,
+    markdown,
+    summarize,
+    trust,
+    verdicts,
+    write_tables,
+)
 from cwdm.uncertainty import Uncertainty
 from cwdm.volume import brain_mask, read_volume
 

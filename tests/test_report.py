@@ -27,11 +27,11 @@ from cwdm.answers import Run, Subject, answers
 from cwdm.case import Case, find_cases
 from cwdm.cli.main import cwdm
 from cwdm.errors import InputError
-from cwdm.evaluate import ERASED, summarize, write_tables
 from cwdm.metrics import RANGE_QUANTILES
 from cwdm.modality import Modality
 from cwdm.montage import WINDOW
 from cwdm.report import FOLDER, LABEL_STEP, Picture, Row, picture, write_report
+from cwdm.summary import ERASED, summarize, write_tables
 from cwdm.volume import Volume, brain_mask, read_labels, read_volume, write_volume
 
 MARK = "cwdm 0 SYNTHETIC t2f, not acquired; research use only"
