@@ -149,9 +149,9 @@ def evaluate(
     )
     from cwdm.synthesis import output_paths
 
+    apart(truth, output)
     for file in (*FILES, RELIABILITY_FILE):
         check_target(output / file, overwrite)
-    apart(truth, output)
     judged = _names(methods, folders)
     found = find_cases(truth)
     cases = complete_cases(found)

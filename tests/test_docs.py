@@ -240,7 +240,7 @@ def test_the_example_of_a_record_has_the_fields_of_a_record() -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_a_guide_that_the_readme_links_to(name: str) -> None:
     assert f"(docs/{GUIDES[name].name})" in (ROOT / "README.md").read_text("utf-8")
-    assert f"cwdm {name} --" in GUIDES[name].read_text("utf-8")
+    assert re.search(rf"cwdm {name} .*--", GUIDES[name].read_text("utf-8"))
 
 
 @pytest.mark.parametrize("name", COMMANDS)
