@@ -10,7 +10,11 @@ import click
 from . import options
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pandas as pd
+
+    from cwdm.lesions import LesionRow
 
 FIGURES = {"dice": "Dice", "hd95_mm": "HD95 mm", "nsd": "NSD"}
 
@@ -32,10 +36,18 @@ FIGURES = {"dice": "Dice", "hd95_mm": "HD95 mm", "nsd": "NSD"}
     "the first.",
 )
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "--lesions", is_flag=True, help="Count lesions, too: RQ, SQ and PQ in lesions.csv (panoptica)."
+)
 @options.seed
 @options.overwrite
 def overlap(
-    truth: Path, folders: tuple[Path, ...], output: Path, seed: int, overwrite: bool
+    truth: Path,
+    folders: tuple[Path, ...],
+    output: Path,
+    lesions: bool,
+    seed: int,
+    overwrite: bool,
 ) -> None:
     """Compare segmentations with the truth.
 
@@ -46,11 +58,15 @@ def overlap(
     cwdm overlap --truth held-out/ --pred segmented/ --output overlap/
     cwdm overlap --truth held-out/ --pred first/ --pred second/ --output overlap/
     """
+    from dataclasses import asdict
+
+    import pandas as pd
     from tqdm import tqdm
 
     from cwdm.errors import InputError
-    from cwdm.files import check_target
+    from cwdm.files import atomic_write, check_target
     from cwdm.layouts import find
+    from cwdm.lesions import FILE, compare_lesions
     from cwdm.overlap import (
         FILES,
         PROTOCOL,
@@ -62,7 +78,7 @@ def overlap(
         write_tables,
     )
 
-    for file in FILES:
+    for file in (*FILES, FILE) if lesions else FILES:
         check_target(output / file, overwrite)
     if len(set(folders)) < len(folders):
         raise InputError("--pred: found one folder twice, expected different ones")
@@ -75,13 +91,19 @@ def overlap(
     if unknown := len(found.cases) - len(cases):
         click.echo(f"note: left out {unknown} case(s) without a segmentation", err=True)
     predictions = {str(folder): find_segmentations(folder, cases) for folder in folders}
-    rows = []
+    rows, counted = [], []
     for case in tqdm(cases, "comparing", unit="case", disable=None):
         for method, paths in predictions.items():
             rows += compare_case(case, paths[case.id], method=method)
+            if lesions:
+                counted += compare_lesions(case, paths[case.id], method=method)
     table = tabulate(rows)
     write_tables(table, output, notes={"truth": str(truth)}, seed=seed, overwrite=overwrite)
+    if lesions:
+        with atomic_write(output / FILE, overwrite) as temporary:
+            pd.DataFrame(map(asdict, counted)).to_csv(temporary, index=False)
     lines = [*_means(summarize(table, seed=seed)), *_tests(differences(table))]
+    lines += _lesions(counted)
     click.echo("\n".join([*lines, "", PROTOCOL, f"Written to {output}"]))
 
 
@@ -109,4 +131,16 @@ def _tests(tests: pd.DataFrame) -> list[str]:
         f"{row['method']} against {row['against']}, {row['region']} {FIGURES[row['figure']]}: "
         f"{row['difference']:+.3f}, p = {row['p']:.2g} (Wilcoxon, {row['cases']} cases)"
         for row in tests.to_dict("records")
+    ]
+
+
+def _lesions(rows: Sequence[LesionRow]) -> list[str]:
+    """A line per method and region: the lesions of all cases."""
+    groups: dict[tuple[str, str], list[LesionRow]] = {}
+    for row in rows:
+        groups.setdefault((row.method, row.region), []).append(row)
+    return [
+        f"{method}, {region}: {sum(r.matched for r in group)} of {sum(r.truth for r in group)} "
+        f"lesions found, {sum(r.found - r.matched for r in group)} that are none"
+        for (method, region), group in groups.items()
     ]

@@ -36,6 +36,8 @@ __all__ = [
     "compare_case",
     "differences",
     "find_segmentations",
+    "read_pair",
+    "region_masks",
     "summarize",
     "tabulate",
     "write_tables",
@@ -92,7 +94,7 @@ def compare(
     if found.shape != truth.shape:
         raise ValueError(f"labels of shapes {found.shape} and {truth.shape}, expected one grid")
     ml = math.prod(spacing_mm) / 1000
-    masks = _masks(found), _masks(truth)
+    pair = region_masks(found), region_masks(truth)
     return [
         Row(
             case,
@@ -103,7 +105,7 @@ def compare(
             truth_ml=float(other.sum() * ml),
             found_ml=float(one.sum() * ml),
         )
-        for (region, one), other in zip(masks[0].items(), masks[1].values(), strict=True)
+        for (region, one), other in zip(pair[0].items(), pair[1].values(), strict=True)
     ]
 
 
@@ -113,17 +115,23 @@ def compare_case(case: Case, found: Path, *, method: str = "") -> list[Row]:
     Raises:
         InputError: a file cannot be read or holds other labels, or there are two grids.
     """
-    if case.segmentation is None:
-        raise ValueError(f"case {case.id} has no segmentation")
-    like = read_volume(next(iter(case.images.values())))
-    truth, other = (
-        brats_labels(read_labels(path, like), path) for path in (case.segmentation, found)
-    )
-    spacing_mm = np.linalg.norm(like.affine[:3, :3], axis=0).tolist()
+    other, truth, spacing_mm = read_pair(case, found)
     return compare(other, truth, spacing_mm, case=case.id, method=method)
 
 
-def _masks(labels: Labels) -> dict[str, NDArray[np.bool_]]:
+def read_pair(case: Case, found: Path) -> tuple[Labels, Labels, list[float]]:
+    """A segmentation, that of the case, and the size of their voxels; InputError as above."""
+    if case.segmentation is None:
+        raise ValueError(f"case {case.id} has no segmentation")
+    like = read_volume(next(iter(case.images.values())))
+    other, truth = (
+        brats_labels(read_labels(path, like), path) for path in (found, case.segmentation)
+    )
+    return other, truth, np.linalg.norm(like.affine[:3, :3], axis=0).tolist()
+
+
+def region_masks(labels: Labels) -> dict[str, NDArray[np.bool_]]:
+    """The regions and the labels that are part of none, each (X, Y, Z)."""
     nested = {str(region): mask for region, mask in regions(labels).items()}
     return {**nested, "NCR": labels == NCR, "ED": labels == ED}
 

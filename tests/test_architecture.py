@@ -19,8 +19,9 @@ MODULES.pop("__init__")
 ROWS = {
     "cohorts": {"cohort", "executors", "handoff", "imputation"},
     "jobs": {"answers", "bench", "calibration", "diagnosis", "endless", "engine", "evaluate"}
-    | {"external", "fidelity", "floors", "generation", "montage", "msnet", "overlap", "perceptual"}
-    | {"report", "segmenters", "segnet", "simulate", "synthesis", "train", "validation"},
+    | {"external", "fidelity", "floors", "generation", "lesions", "montage", "msnet", "overlap"}
+    | {"perceptual", "report", "segmenters", "segnet", "simulate", "synthesis", "train"}
+    | {"validation"},
     "files and records": {"alignment", "anatomy", "cache", "case", "checkpoints", "checks"}
     | {"compat", "config", "dataset", "dicom", "files", "hub", "intensity", "layouts", "ledger"}
     | {
@@ -78,6 +79,7 @@ HOMES = {
     "huggingface_hub": {"hub"},
     "pywt": {"wavelet"},
     "SimpleITK": {"dicom"},
+    "panoptica": {"lesions"},
     "jinja2": {"report"},
     "accelerate": {"train", "validation"},
     "onnxruntime": {"segmenters"},

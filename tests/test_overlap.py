@@ -1,6 +1,7 @@
 """Segmentations against the truth: known figures, the rules for empty ones, and the command."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from scipy import ndimage
 from cwdm.case import read_case
 from cwdm.cli.main import cwdm
 from cwdm.errors import InputError
+from cwdm.lesions import count_lesions
 from cwdm.overlap import (
     FIGURES,
     FILES,
@@ -193,6 +195,47 @@ def test_the_command_compares_two_folders(cases: Path, tmp_path: Path) -> None:
     again = run("--truth", cases, "--pred", a, "--output", output)
     assert again.exit_code == 2
     assert "already exists" in again.stderr
+
+
+def lesions() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Two in the truth; of two in the prediction one is shifted by a voxel, one is nowhere."""
+    truth, found = np.zeros((2, 20, 20, 20), dtype=np.uint8)
+    truth[2:6, 2:6, 2:6] = truth[12:16, 12:16, 12:16] = 3
+    found[2:6, 2:6, 3:7] = found[2:5, 12:15, 2:5] = 3
+    return found, truth
+
+
+def test_lesions_are_counted_and_paired() -> None:
+    """Of 64 voxels 48 overlap: an intersection over union of 0.6, a Dice of 0.75."""
+    pytest.importorskip("panoptica")
+    found, truth = lesions()
+    rows = {row.region: row for row in count_lesions(found, truth)}
+    row = rows["ET"]
+    assert (row.truth, row.found, row.matched) == (2, 2, 1)
+    assert (row.rq, row.sq, row.pq) == pytest.approx((0.5, 0.75, 0.375))
+    assert (rows["ED"].truth, rows["ED"].pq) == (0, 1)  # none in either
+    (missed,) = [r for r in count_lesions(np.zeros_like(truth), truth) if r.region == "ET"]
+    assert (missed.truth, missed.found, missed.rq, missed.sq) == (2, 0, 0, 0)
+
+
+def test_the_command_counts_lesions(cases: Path, tmp_path: Path) -> None:
+    pytest.importorskip("panoptica")
+    output = tmp_path / "out"
+    result = run("--truth", cases, "--pred", tmp_path / "a", "--output", output, "--lesions")
+    assert result.exit_code == 0, result.output
+    assert "ET: 2 of 2 lesions found, 0 that are none" in result.stdout
+    assert set(pd.read_csv(output / "lesions.csv")["region"]) == {"WT", "TC", "ET", "NCR", "ED"}
+
+
+def test_without_panoptica_one_line_says_what_to_install(
+    cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "panoptica", None)
+    output = tmp_path / "out"
+    result = run("--truth", cases, "--pred", tmp_path / "a", "--output", output, "--lesions")
+    assert result.exit_code == 2
+    assert "pip install 'cwdm[lesions]'" in result.stderr
+    assert not list(output.glob("*"))
 
 
 def test_no_case_can_be_left_out(cases: Path, tmp_path: Path, make_image: MakeImage) -> None:
