@@ -120,7 +120,11 @@ def compare_case(case: Case, found: Path, *, method: str = "") -> list[Row]:
 
 
 def read_pair(case: Case, found: Path) -> tuple[Labels, Labels, list[float]]:
-    """A segmentation, that of the case, and the size of their voxels; InputError as above."""
+    """Labels (X, Y, Z) in a file, those of the case, and voxel size in mm along X, Y, Z.
+
+    Raises:
+        InputError: a file cannot be read or holds other labels, or there are two grids.
+    """
     if case.segmentation is None:
         raise ValueError(f"case {case.id} has no segmentation")
     like = read_volume(next(iter(case.images.values())))
@@ -131,7 +135,7 @@ def read_pair(case: Case, found: Path) -> tuple[Labels, Labels, list[float]]:
 
 
 def region_masks(labels: Labels) -> dict[str, NDArray[np.bool_]]:
-    """The regions and the labels that are part of none, each (X, Y, Z)."""
+    """Every mask that is compared, by name: the nested regions and single labels, (X, Y, Z)."""
     nested = {str(region): mask for region, mask in regions(labels).items()}
     return {**nested, "NCR": labels == NCR, "ED": labels == ED}
 

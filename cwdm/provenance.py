@@ -146,7 +146,7 @@ def read_interval(image: Path) -> Interval | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         ours = isinstance(record, dict) and record.get("synthetic") is True and "cwdm" in record
-        found = record["interval"] if ours else None
+        found = record.get("interval") if ours else None  # of noise alone there never is one
         if found is None:
             return None
         if any(Path(name).name != name for name in found["files"].values()):

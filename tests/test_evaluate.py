@@ -37,6 +37,7 @@ from cwdm.files import sha256
 from cwdm.metrics import Aligned, mae, mse, ncc, psnr, ssim
 from cwdm.modality import SEQUENCES, Modality
 from cwdm.protocols import FIGURES, PROTOCOLS, REGIONS
+from cwdm.provenance import read_interval
 from cwdm.summary import (
     FILES,
     contests,
@@ -306,6 +307,31 @@ def test_predictions_are_found_anywhere_below_a_folder(
     assert predictions.targets == (T2F,)
     read = predictions(case.without(T2F), T2F).voxels
     np.testing.assert_array_equal(read, voxels[::-1, ::-1])  # stored LPS, canonical is RAS
+
+
+@pytest.mark.parametrize(
+    "record",
+    ["[1]", '{"model": "another program"}', '{"synthetic": true, "cwdm": "0.1.0"}'],
+    ids=["a list", "of another program", "without an interval, as that of a generated sample"],
+)
+def test_a_record_without_an_interval_is_no_obstacle(tmp_path: Path, record: str) -> None:
+    (tmp_path / "p1-t2f.json").write_text(record)
+    assert read_interval(tmp_path / "p1-t2f.nii.gz") is None
+
+
+@pytest.mark.parametrize(
+    "interval",
+    [
+        '{"coverage": 0.8}',
+        '{"files": {"std": "../x.nii.gz"}, "regions": []}',
+    ],
+    ids=["half of it", "a map in another folder"],
+)
+def test_a_damaged_interval_is_named(tmp_path: Path, interval: str) -> None:
+    path = tmp_path / "p1-t2f.json"
+    path.write_text(f'{{"synthetic": true, "cwdm": "0.1.0", "interval": {interval}}}')
+    with pytest.raises(InputError, match=r"p1-t2f.json: not a record of cwdm"):
+        read_interval(tmp_path / "p1-t2f.nii.gz")
 
 
 @pytest.mark.parametrize(
