@@ -54,7 +54,8 @@ class Denoiser(nn.Module):
             cond: what ``conditioning.condition`` made, or None without conditions.
             label: (B,) number of the target, for a network with classes.
         """
-        inputs = x_t if cond is None else torch.cat([x_t, cond], dim=1)
+        dtype = getattr(self.backbone, "dtype", x_t.dtype)  # what it would make of them anyway
+        inputs = x_t if cond is None else torch.cat([x_t.to(dtype), cond.to(dtype)], dim=1)
         time = self.process.network_time(t)
         output: Tensor = (
             self.backbone(inputs, time) if label is None else self.backbone(inputs, time, label)

@@ -6,26 +6,32 @@ What synthesis and generation share. It knows tensors, not cases.
 import resource
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from cwdm.config import Config, Sampling
+from cwdm.denoiser import Denoiser
 from cwdm.errors import InputError
-from cwdm.fast import accelerated
+from cwdm.fast import FastUNet, Replayed, accelerated
 from cwdm.intensity import NORMALIZATIONS
 from cwdm.memory import Footprint, footprint
 from cwdm.model import Model, build_denoiser
+from cwdm.passes import Passes, Way
 from cwdm.sampling import SAMPLERS, Draw, ddim
 
-__all__ = ["TURN", "Engine", "Precision", "Progress", "choose_bf16", "choose_device", "resident"]
+__all__ = ["LONG", "TURN", "Engine", "Precision", "Progress", "choose_bf16", "choose_device", "resident"]
 
 Precision = Literal["auto", "fp32", "bf16"]
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
+
+LONG = 20
+"""Steps from which on compiling pays."""
 
 TURN = threading.Lock()
 """One network at a time computes in a process; other threads read and write meanwhile."""
@@ -35,6 +41,9 @@ class Engine:
     """A model, loaded once, that runs chains.
 
     Args:
+        model: its network is used up; that of `self.model` is the one that runs.
+        compiled: on a processor, compile what lies between convolutions (see `passes`); by default
+            for chains of `LONG` steps or more.
         reference: compute the network plainly, as published, in float32: to compare with.
     """
 
@@ -44,14 +53,29 @@ class Engine:
         *,
         device: str = "auto",
         precision: Precision = "auto",
+        compiled: bool | None = None,
         reference: bool = False,
     ):
-        self.model = model
         self.reference = reference
         self.device = choose_device(device)
         self.bf16 = not reference and choose_bf16(precision, self.device)
-        plain = model.denoiser.to(self.device)
-        self.denoiser = plain if reference else accelerated(plain, bf16=self.bf16)
+        self.passes = Passes(self.device)
+        self.compiled = compiled
+        self.denoiser = self._ready(model.denoiser, self.passes).to(self.device)
+        if self.device.type == "cuda" and isinstance(self.denoiser.backbone, FastUNet):
+            self.denoiser.backbone = Replayed(self.denoiser.backbone)
+        self.model = replace(model, denoiser=self.denoiser)
+
+    def _ready(self, denoiser: Denoiser, passes: Passes) -> Denoiser:
+        """As it will run."""
+        if self.reference:
+            return denoiser
+        return accelerated(denoiser, passes, bf16=self.bf16)
+
+    def way(self, steps: int) -> Way:
+        """How what lies between convolutions is computed in chains of so many steps."""
+        wanted = steps >= LONG if self.compiled is None else self.compiled
+        return self.passes.choose(compiled=wanted and self.bf16)
 
     def settings(
         self, sampler: str | None = None, steps: int | tuple[int, ...] | None = None
@@ -74,8 +98,7 @@ class Engine:
         transform = config.transform
 
         def build() -> nn.Module:
-            plain = build_denoiser(config)
-            return (plain if self.reference else accelerated(plain, bf16=self.bf16)).backbone
+            return self._ready(build_denoiser(config), self.passes.outline()).backbone
 
         shape = (1, config.in_channels, *(n // transform.factor for n in size))
         return footprint(build, shape, channels=transform.channels, device=self.device)
@@ -134,6 +157,7 @@ class Engine:
         times = config.process.timesteps(settings.steps, settings.spacing)
         if settings.sampler == "one-step":
             times = [times[0], 0]
+        self.way(len(times) - 1)
         chain = SAMPLERS[settings.sampler]
         if settings.sampler == "ddim":
             chain = partial(ddim, eta=settings.eta)
@@ -156,14 +180,20 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_bf16(precision: Precision, device: torch.device) -> bool:
-    """``auto`` takes bfloat16 where the hardware multiplies matrices in it."""
+    """``auto`` takes bfloat16 where the hardware multiplies in it faster than in float32.
+
+    AVX512-BF16 does so on AMD's processors. On Intel's it has half the units of float32 and twice
+    the numbers in each, and convolutions are slower: there it has to be AMX.
+    """
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     # since torch 2.9; before, bfloat16 has to be asked for
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+    about: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    if about.get("amx_bf16"):
+        return True
+    return bool(about.get("avx512_bf16")) and "Intel" not in about.get("cpu_name", "")
 
 
 def resident(figure: str) -> int:

@@ -9,6 +9,8 @@
 - What the time embedding adds to a convolution's output is part of its bias; what it does to the
   output of a normalization is part of that one's weight and bias.
 - Averaging is a convolution of each channel by itself.
+- With `passes.Passes`, normalization and SiLU are one pass after a pass for the statistics, in place
+  where the input is not needed any more; biases of convolutions are added by the pass that follows.
 
 Weights of convolutions and features are kept in the precision that is computed in; statistics of
 normalizations, embeddings and attention are float32.
@@ -16,12 +18,14 @@ normalizations, embeddings and attention are float32.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cwdm.denoiser import Denoiser
+from cwdm.passes import Passes, rows
 from cwdm.unet import (
     Attention,
     Downsample,
@@ -32,14 +36,18 @@ from cwdm.unet import (
     timestep_embedding,
 )
 
-__all__ = ["FastUNet", "accelerated", "transposed"]
+__all__ = ["FastUNet", "Replayed", "accelerated", "transposed"]
 
 
-def accelerated(denoiser: Denoiser, *, bf16: bool) -> Denoiser:
-    """The same denoiser for inference, the fast way."""
+def accelerated(denoiser: Denoiser, passes: Passes, *, bf16: bool) -> Denoiser:
+    """The same denoiser for inference, the fast way.
+
+    The given one is used up: they share what they can.
+    """
     network = denoiser.backbone
     if isinstance(network, UNet):
-        backbone: nn.Module = FastUNet(network, torch.bfloat16 if bf16 else torch.float32)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        backbone: nn.Module = FastUNet(network, dtype, passes)
     elif bf16:
         backbone = _Autocast(network)
     else:
@@ -75,22 +83,29 @@ class FastUNet(nn.Module):
 
     Args:
         unet: whose weights it takes as they are now; those in float32 are shared.
-        dtype: in which features are kept and convolutions computed.
+        dtype: in which features are kept and convolutions computed, and inputs best come.
+        passes: what lies between convolutions, if they pay and features are in bfloat16; else it is
+            torch's own normalization.
     """
 
-    def __init__(self, unet: UNet, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, unet: UNet, dtype: torch.dtype = torch.float32, passes: Passes | None = None
+    ):
         super().__init__()
         self.config, self.dtype = unet.config, dtype
+        self.how = how = _How(dtype, passes or Passes("cpu"))
         self.time_embed = unet.time_embed
         self.label_emb = unet.label_emb if unet.config.classes else None
-        self.input_blocks = nn.ModuleList(_stage(stage, dtype) for stage in unet.input_blocks)
-        self.middle_block = _stage(unet.middle_block, dtype)
-        self.output_blocks = nn.ModuleList(_stage(stage, dtype) for stage in unet.output_blocks)
+        self.input_blocks = nn.ModuleList(_stage(stage, how) for stage in unet.input_blocks)
+        self.middle_block = _stage(unet.middle_block, how)
+        self.output_blocks = nn.ModuleList(
+            _stage(stage, how, spent=True) for stage in unet.output_blocks
+        )
         norm, _, conv = unet.out
-        self.norm, self.out = _NormSiLU(norm), _Convolution(conv, dtype)
+        self.norm, self.out = _NormSiLU(norm, how), _Resampling(_Convolution(conv, how))
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """As `unet.UNet.forward`, one image of the batch after the other, in the precision of x."""
+        """As `unet.UNet.forward`, one image of the batch after the other; always float32."""
         self.config.check(x)
         embedding = self.time_embed(timestep_embedding(t, self.config.channels))
         if self.label_emb is not None:
@@ -108,11 +123,60 @@ class FastUNet(nn.Module):
         h = self.middle_block(h, embedding)
         for stage in self.output_blocks:
             skip = skips.pop()
-            h = (h + skip).div_(2) if self.config.additive_skips else torch.cat([h, skip], dim=1)
+            h = (h + skip).div_(2) if self.config.additive_skips else self._joined(h, skip)
             del skip  # before the block needs memory
             h = stage(h, embedding)
-        result: Tensor = self.out(self.norm(h))
-        return result.to(x.dtype, memory_format=torch.contiguous_format)
+        h = self.norm(h, spent=True)
+        return self.out(h, embedding).to(torch.float32, memory_format=torch.contiguous_format)
+
+    def _joined(self, one: Tensor, other: Tensor) -> Tensor:
+        if not self.how.rows:
+            return torch.cat([one, other], dim=1)
+        return _image(self.how.passes.joined(rows(one), rows(other)), one.shape[2:])
+
+
+class _How(NamedTuple):
+    """The network computes."""
+
+    dtype: torch.dtype
+    passes: Passes
+
+    @property
+    def rows(self) -> bool:
+        """With passes over features."""
+        return self.passes.pay and self.dtype != torch.float32
+
+
+class Replayed(nn.Module):
+    """What a network does on a GPU for one size, recorded as a CUDA graph and replayed.
+
+    The first call of a size runs as ever, so that kernels are made and chosen; the second records.
+    Launching some hundred kernels one by one takes longer than they do.
+    """
+
+    def __init__(self, network: FastUNet):
+        super().__init__()
+        self.network, self.dtype = network, network.dtype
+        self._shape: torch.Size | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def forward(self, *given: Tensor) -> Tensor:
+        """As the network's."""
+        shape = given[0].shape
+        if shape != self._shape:
+            self._shape, self._graph = shape, None
+            result: Tensor = self.network(*given)
+            return result
+        if self._graph is None:
+            self._given = [tensor.clone() for tensor in given]
+            torch.cuda.empty_cache()  # a graph has memory of its own
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._result: Tensor = self.network(*self._given)
+        for mine, tensor in zip(self._given, given, strict=True):
+            mine.copy_(tensor)
+        self._graph.replay()
+        return self._result.clone()
 
 
 class _Autocast(nn.Module):
@@ -134,91 +198,137 @@ class _Convolution(nn.Module):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, conv: nn.Module, dtype: torch.dtype, repeat: Sequence[int] = (1, 1, 1)):
+    def __init__(self, conv: nn.Module, how: _How, repeat: Sequence[int] = (1, 1, 1)):
         super().__init__()
         assert isinstance(conv, nn.Conv3d) and conv.bias is not None  # noqa: PT018
         self.function: Callable[..., Tensor] = F.conv3d
+        self.how = how
         weight = conv.weight.detach()
         self.stride, self.padding = tuple(conv.stride), conv.padding
         if max(repeat) > 1:
             weight, self.function = transposed(weight, repeat), F.conv_transpose3d
             self.stride = tuple(repeat)
-        weight = weight.to(dtype).contiguous(memory_format=_order(dtype))
+        weight = weight.to(how.dtype).contiguous(memory_format=_order(how.dtype))
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", conv.bias.detach(), persistent=False)
 
-    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        """x (1, in, ...), with `shift` (out,) added to what comes out."""
-        bias = (self.bias if shift is None else self.bias + shift).to(x.dtype)
-        result: Tensor = self.function(
-            x, self.weight, bias, stride=self.stride, padding=self.padding
-        )
-        return result
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Of x (1, in, ...), and the bias (out,) that is left to the pass that follows, if any.
+
+        Args:
+            shift: (out,) more bias.
+        """
+        bias = self.bias if shift is None else self.bias + shift
+        now, later = (None, bias) if self.how.rows else (bias.to(x.dtype), None)
+        h = self.function(x, self.weight, now, stride=self.stride, padding=self.padding)
+        return h.contiguous(memory_format=_order(x.dtype)), later
 
 
 class _NormSiLU(nn.Module):
     """Group normalization and SiLU."""
 
-    def __init__(self, norm: nn.Module):
+    def __init__(self, norm: nn.Module, how: _How):
         super().__init__()
         assert isinstance(norm, nn.GroupNorm)
-        self.norm = norm
+        self.norm, self.how = norm, how
 
     def forward(
-        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+        self,
+        x: Tensor,
+        offset: Tensor | None = None,
+        told: tuple[Tensor, Tensor] | None = None,
+        *,
+        spent: bool,
     ) -> Tensor:
-        """x (1, C, ...); `scale` and `shift` (C,) are what an embedding says about the norm."""
+        """Of x + offset, x (1, C, ...).
+
+        Args:
+            told: the scale and the shift (C,) that an embedding puts after the normalization.
+            spent: x is not needed any more.
+        """
         weight: Tensor = self.norm.weight
         bias: Tensor = self.norm.bias
-        if scale is not None and shift is not None:
+        if told is not None:
+            scale, shift = told
             weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
-        if x.device.type != "cpu":  # which alone takes weights of another precision than x's
-            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-        h = F.group_norm(x, self.norm.num_groups, weight, bias, self.norm.eps)
-        return F.silu(h, inplace=True)
+        groups, eps = self.norm.num_groups, self.norm.eps
+        if not self.how.rows:
+            if x.device.type != "cpu":  # which alone takes weights of another precision than x's
+                weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+            return F.silu(F.group_norm(x, groups, weight, bias, eps), inplace=True)
+        flat = rows(x)
+        offset = torch.zeros_like(bias) if offset is None else offset
+        weight, bias = weight.detach(), bias.detach()  # parameters are compiled for each size anew
+        scale, shift = self.how.passes.scaling(flat, offset, weight, bias, groups, eps)
+        if spent:
+            self.how.passes.activate_(flat, scale, shift)
+            return x
+        return _image(self.how.passes.activate(flat, scale, shift), x.shape[2:])
 
 
 class _Block(nn.Module):
-    """`unet.ResBlock`."""
+    """`unet.ResBlock`.
 
-    def __init__(self, block: ResBlock, dtype: torch.dtype):
+    Args:
+        spent: nobody needs its input afterwards.
+    """
+
+    def __init__(self, block: ResBlock, how: _How, *, spent: bool):
         super().__init__()
         norm, _, conv = block.in_layers
         second_norm, _, _, second_conv = block.out_layers
+        self.how, self.spent = how, spent
         self.scale_shift, self.tell = block.scale_shift, block.emb_layers[1]
         self.factors, self.grows = block.factors or (1, 1, 1), block.grows
-        self.first_norm, self.second_norm = _NormSiLU(norm), _NormSiLU(second_norm)
-        self.first = _Convolution(conv, dtype, self.factors if self.grows else (1, 1, 1))
-        self.second = _Convolution(second_conv, dtype)
+        self.first_norm, self.second_norm = _NormSiLU(norm, how), _NormSiLU(second_norm, how)
+        self.first = _Convolution(conv, how, self.factors if self.grows else (1, 1, 1))
+        self.second = _Convolution(second_conv, how)
         around = block.skip_connection
-        self.around = _Convolution(around, dtype) if isinstance(around, nn.Conv3d) else around
+        self.around = _Convolution(around, how) if isinstance(around, nn.Conv3d) else None
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         told = self.tell(embedding)
-        h: Tensor = self.first_norm(x)
+        around, bias = x, None
+        if self.around is not None:
+            around, bias = self.around(x)
+        h = self.first_norm(x, spent=self.spent and around is not x)
+        del x
         if not self.grows:
-            h, x = _averaged(h, self.factors), _averaged(x, self.factors)
+            h, around = self._averaged(h), self._averaged(around)
         if self.scale_shift:
-            h = self.second_norm(self.first(h), *told.chunk(2))
+            h, owed = self.first(h)
+            h = self.second_norm(h, owed, told.chunk(2), spent=True)
         else:
-            h = self.second_norm(self.first(h, told))
-        h = self.second(h)
-        _repeats(h, self.factors if self.grows else (1, 1, 1)).add_(
-            self.around(x)[:, :, :, None, :, None, :, None]
-        )
+            h, owed = self.first(h, told)
+            h = self.second_norm(h, owed, spent=True)
+        h, owed = self.second(h)
+        repeat = self.factors if self.grows else (1, 1, 1)
+        if owed is None:
+            _repeats(h, repeat).add_(around[:, :, :, None, :, None, :, None])
+        else:
+            owed = owed if bias is None else owed + bias
+            self.how.passes.add(rows(h), rows(around), owed, h.shape[2:], repeat)
         return h
+
+    def _averaged(self, x: Tensor) -> Tensor:
+        if not self.how.rows or max(self.factors) == 1:
+            return _averaged(x, self.factors)
+        flat = self.how.passes.averaged(rows(x), x.shape[2:], self.factors)
+        size = [n // factor for n, factor in zip(x.shape[2:], self.factors, strict=True)]
+        return _image(flat, size)
 
 
 class _Resampling(nn.Module):
-    """What is told no embedding: the first convolution, `unet.Downsample`, `unet.Upsample`."""
+    """What is told no embedding: the first and the last convolution, `unet.Downsample`,
+    `unet.Upsample`."""
 
     def __init__(self, conv: _Convolution):
         super().__init__()
         self.conv = conv
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        result: Tensor = self.conv(x)
-        return result
+        h, owed = self.conv(x)
+        return h if owed is None else h.add_(owed.to(h.dtype)[:, None, None, None])
 
 
 class _Attention(nn.Module):
@@ -233,24 +343,33 @@ class _Attention(nn.Module):
         return attended.to(x.dtype, memory_format=_order(x.dtype))
 
 
+def _image(flat: Tensor, size: Sequence[int]) -> Tensor:
+    """The features (1, C, X, Y, Z) whose rows these are."""
+    return flat.view(1, *size, -1).movedim(-1, 1)
+
+
 def _order(dtype: torch.dtype) -> torch.memory_format:
     """Of features: channels last is quicker in half precision only."""
     return torch.contiguous_format if dtype == torch.float32 else torch.channels_last_3d
 
 
-def _stage(stage: nn.Module, dtype: torch.dtype) -> Stage:
-    """The same layers, the fast way."""
+def _stage(stage: nn.Module, how: _How, *, spent: bool = False) -> Stage:
+    """The same layers, the fast way.
+
+    Args:
+        spent: nobody needs its input afterwards.
+    """
     made: list[nn.Module] = []
     for layer in stage.children():
         if isinstance(layer, ResBlock):
-            made.append(_Block(layer, dtype))
+            made.append(_Block(layer, how, spent=spent or bool(made)))
         elif isinstance(layer, Attention):
             made.append(_Attention(layer))
         elif isinstance(layer, Upsample):
-            made.append(_Resampling(_Convolution(layer.conv, dtype, layer.factors)))
+            made.append(_Resampling(_Convolution(layer.conv, how, layer.factors)))
         else:
             conv = layer.op if isinstance(layer, Downsample) else layer
-            made.append(_Resampling(_Convolution(conv, dtype)))
+            made.append(_Resampling(_Convolution(conv, how)))
     return Stage(made)
 
 

@@ -26,6 +26,7 @@ from cwdm.memory import footprint
 from cwdm.metrics import psnr
 from cwdm.modality import Modality
 from cwdm.model import default_model, load_model
+from cwdm.passes import Passes
 from cwdm.synthesis import Synthesizer
 from cwdm.unet import UNet, UNetConfig
 from cwdm.volume import brain_mask, read_volumes
@@ -162,11 +163,11 @@ def test_other_networks_keep_their_way() -> None:
     config = WavUNetConfig(channels=8, multipliers=(1, 1), res_blocks=1, groups=4)
     torch.manual_seed(0)
     denoiser = Denoiser(WavUNet(config, 8).eval(), Diffusion(schedule="linear"))
-    assert accelerated(denoiser, bf16=False) is denoiser
+    assert accelerated(denoiser, Passes("cpu"), bf16=False) is denoiser
     x, t = torch.randn(1, 8, 8, 8, 8), torch.tensor([5])
     with torch.inference_mode():
         expected = denoiser(x, t)
-        half = accelerated(denoiser, bf16=True)(x, t)
+        half = accelerated(denoiser, Passes("cpu"), bf16=True)(x, t)
     assert half.dtype == torch.float32
     assert 0 < error(half, expected) < 2e-2
 
