@@ -172,8 +172,9 @@ class _Place:
             temporary.write_text(token := secrets.token_hex(8))
         left = frozenset(path.name for path in folder.glob("staging/*/*"))
         shutil.rmtree(folder / "staging", ignore_errors=True)
-        for path in folder.glob("outcomes/.cwdm-*"):
-            path.unlink(missing_ok=True)
+        for place in (output, folder.parent, folder, folder / "outcomes"):
+            for path in place.glob(".cwdm-*"):
+                path.unlink(missing_ok=True)
         return cls(output, job, token, left)
 
     @property

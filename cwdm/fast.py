@@ -38,6 +38,10 @@ from cwdm.unet import (
 
 __all__ = ["FastUNet", "Replayed", "accelerated", "transposed"]
 
+_ORDER = torch.channels_last_3d
+"""Of features in memory: what convolutions on a GPU or in half precision want. In float32 on a
+processor it spares them rearranging what comes in and goes out."""
+
 
 def accelerated(denoiser: Denoiser, passes: Passes, *, bf16: bool) -> Denoiser:
     """The same denoiser for inference, the fast way.
@@ -82,10 +86,9 @@ class FastUNet(nn.Module):
     """Called like the network it is made of, without gradients.
 
     Args:
-        unet: whose weights it takes as they are now; those in float32 are shared.
+        unet: whose weights it takes as they are now.
         dtype: in which features are kept and convolutions computed, and inputs best come.
-        passes: what lies between convolutions, if they pay and features are in bfloat16; else it is
-            torch's own normalization.
+        passes: what lies between convolutions where they pay; else it is torch's own normalization.
     """
 
     def __init__(
@@ -115,7 +118,7 @@ class FastUNet(nn.Module):
         return images[0] if len(images) == 1 else torch.cat(images)
 
     def _one(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = x.to(self.dtype, memory_format=_order(self.dtype))
+        h = x.to(self.dtype, memory_format=_ORDER)
         skips = []
         for stage in self.input_blocks:
             h = stage(h, embedding)
@@ -130,7 +133,7 @@ class FastUNet(nn.Module):
         return self.out(h, embedding).to(torch.float32, memory_format=torch.contiguous_format)
 
     def _joined(self, one: Tensor, other: Tensor) -> Tensor:
-        if not self.how.rows:
+        if not self.how.passes.pay:
             return torch.cat([one, other], dim=1)
         return _image(self.how.passes.joined(rows(one), rows(other)), one.shape[2:])
 
@@ -140,11 +143,6 @@ class _How(NamedTuple):
 
     dtype: torch.dtype
     passes: Passes
-
-    @property
-    def rows(self) -> bool:
-        """With passes over features."""
-        return self.passes.pay and self.dtype != torch.float32
 
 
 class Replayed(nn.Module):
@@ -208,7 +206,7 @@ class _Convolution(nn.Module):
         if max(repeat) > 1:
             weight, self.function = transposed(weight, repeat), F.conv_transpose3d
             self.stride = tuple(repeat)
-        weight = weight.to(how.dtype).contiguous(memory_format=_order(how.dtype))
+        weight = weight.to(how.dtype).contiguous(memory_format=_ORDER)
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", conv.bias.detach(), persistent=False)
 
@@ -219,9 +217,9 @@ class _Convolution(nn.Module):
             shift: (out,) more bias.
         """
         bias = self.bias if shift is None else self.bias + shift
-        now, later = (None, bias) if self.how.rows else (bias.to(x.dtype), None)
+        now, later = (None, bias) if self.how.passes.pay else (bias.to(x.dtype), None)
         h = self.function(x, self.weight, now, stride=self.stride, padding=self.padding)
-        return h.contiguous(memory_format=_order(x.dtype)), later
+        return h.contiguous(memory_format=_ORDER), later
 
 
 class _NormSiLU(nn.Module):
@@ -252,7 +250,7 @@ class _NormSiLU(nn.Module):
             scale, shift = told
             weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
         groups, eps = self.norm.num_groups, self.norm.eps
-        if not self.how.rows:
+        if not self.how.passes.pay:
             if x.device.type != "cpu":  # which alone takes weights of another precision than x's
                 weight, bias = weight.to(x.dtype), bias.to(x.dtype)
             return F.silu(F.group_norm(x, groups, weight, bias, eps), inplace=True)
@@ -311,7 +309,7 @@ class _Block(nn.Module):
         return h
 
     def _averaged(self, x: Tensor) -> Tensor:
-        if not self.how.rows or max(self.factors) == 1:
+        if not self.how.passes.pay or max(self.factors) == 1:
             return _averaged(x, self.factors)
         flat = self.how.passes.averaged(rows(x), x.shape[2:], self.factors)
         size = [n // factor for n, factor in zip(x.shape[2:], self.factors, strict=True)]
@@ -340,17 +338,12 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         attended: Tensor = self.attention(x.float(), embedding)
-        return attended.to(x.dtype, memory_format=_order(x.dtype))
+        return attended.to(x.dtype, memory_format=_ORDER)
 
 
 def _image(flat: Tensor, size: Sequence[int]) -> Tensor:
     """The features (1, C, X, Y, Z) whose rows these are."""
     return flat.view(1, *size, -1).movedim(-1, 1)
-
-
-def _order(dtype: torch.dtype) -> torch.memory_format:
-    """Of features: channels last is quicker in half precision only."""
-    return torch.contiguous_format if dtype == torch.float32 else torch.channels_last_3d
 
 
 def _stage(stage: nn.Module, how: _How, *, spent: bool = False) -> Stage:

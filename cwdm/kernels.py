@@ -1,7 +1,8 @@
-"""The passes of `passes` as kernels for a GPU, in Triton, which comes with torch for CUDA.
+"""What is worth a kernel of its own on a GPU: the passes of `passes`, and the Haar transform.
 
-Features are rows (voxels, channels) in bfloat16; everything is computed in float32. A program works
-on a tile of `_ROWS` rows and of as many channels as a power of two allows.
+In Triton, which comes with torch for CUDA. Everything is computed in float32. Of features, which are
+rows (voxels, channels), a program works on a tile of `_ROWS` rows and of as many channels as a power
+of two allows.
 """
 
 from collections.abc import Sequence
@@ -11,9 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["activate", "activate_", "add", "averaged", "joined", "scaling"]
+__all__ = [
+    "activate",
+    "activate_",
+    "add",
+    "averaged",
+    "haar",
+    "inverse_haar",
+    "joined",
+    "scaling",
+]
 
-_ROWS = 64
+_ROWS = 32
+_CUBES = 256
 _PROGRAMS = 1024
 """That share out a sum over all rows: several for each multiprocessor of any GPU."""
 
@@ -86,6 +97,22 @@ def joined(one: Tensor, other: Tensor) -> Tensor:
     return out
 
 
+def haar(x: Tensor) -> Tensor:
+    """(N, X, Y, Z) -> (N, 8, X/2, Y/2, Z/2), as `wavelet.dwt3`."""
+    n, nx, ny, nz = x.shape
+    y = x.new_empty(n, 8, nx // 2, ny // 2, nz // 2)
+    _haar[triton.cdiv(y[0, 0].numel(), _CUBES), n](x, y, ny // 2, nz // 2, y[0, 0].numel(), False, _CUBES)
+    return y
+
+
+def inverse_haar(y: Tensor) -> Tensor:
+    """The inverse of `haar`."""
+    n, _, nx, ny, nz = y.shape
+    x = y.new_empty(n, 2 * nx, 2 * ny, 2 * nz)
+    _haar[triton.cdiv(nx * ny * nz, _CUBES), n](x, y, ny, nz, nx * ny * nz, True, _CUBES)
+    return x
+
+
 def _width(channels: int) -> int:
     """The largest power of two that divides the channels, up to 128."""
     return min(channels & -channels, 128)
@@ -94,7 +121,7 @@ def _width(channels: int) -> int:
 @triton.jit
 def _sum(
     x, sums, n, share, programs,
-    CHANNELS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    channels, WIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Of the rows that fall to a program, by channel: sum and sum of squares."""
     channel = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
@@ -104,19 +131,19 @@ def _sum(
     squares = tl.zeros([ROWS, WIDE], tl.float32)
     for start in range(first, last, ROWS):
         row = start + tl.arange(0, ROWS)
-        at = row[:, None].to(tl.int64) * CHANNELS + channel[None, :]
+        at = row[:, None].to(tl.int64) * channels + channel[None, :]
         value = tl.load(x + at, mask=(row < last)[:, None], other=0.0).to(tl.float32)
         total += value
         squares += value * value
-    at = tl.program_id(0) * CHANNELS + channel
+    at = tl.program_id(0) * channels + channel
     tl.store(sums + at, tl.sum(total, 0))
-    tl.store(sums + programs * CHANNELS + at, tl.sum(squares, 0))
+    tl.store(sums + programs * channels + at, tl.sum(squares, 0))
 
 
 @triton.jit
 def _scale(
     sums, offset, weight, bias, result, n, eps, programs,
-    CHANNELS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, MANY: tl.constexpr,
+    channels, SIZE: tl.constexpr, WIDE: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
     """From sums to what a group's channels are multiplied with, and what is added."""
     within = tl.arange(0, WIDE)
@@ -126,10 +153,10 @@ def _scale(
     squares = tl.zeros([MANY, WIDE], tl.float32)
     for start in range(0, programs, MANY):
         program = start + tl.arange(0, MANY)
-        at = program[:, None] * CHANNELS + channel[None, :]
+        at = program[:, None] * channels + channel[None, :]
         there = (program < programs)[:, None] & mask[None, :]
         total += tl.load(sums + at, mask=there, other=0.0)
-        squares += tl.load(sums + programs * CHANNELS + at, mask=there, other=0.0)
+        squares += tl.load(sums + programs * channels + at, mask=there, other=0.0)
     missing = tl.load(offset + channel, mask=mask, other=0.0)
     mean = tl.sum(total, 0) / n
     square = tl.sum(squares, 0) / n + missing * (2 * mean + missing)
@@ -138,17 +165,17 @@ def _scale(
     scale = tl.load(weight + channel, mask=mask, other=0.0) / tl.sqrt(tl.maximum(variance, 0) + eps)
     shift = (missing - mean) * scale + tl.load(bias + channel, mask=mask, other=0.0)
     tl.store(result + channel, scale, mask=mask)
-    tl.store(result + CHANNELS + channel, shift, mask=mask)
+    tl.store(result + channels + channel, shift, mask=mask)
 
 
 @triton.jit
 def _silu(
     x, scale, shift, out, n,
-    CHANNELS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    channels, WIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     channel = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    at = row[:, None].to(tl.int64) * CHANNELS + channel[None, :]
+    at = row[:, None].to(tl.int64) * channels + channel[None, :]
     mask = (row < n)[:, None]
     value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     value = value * tl.load(scale + channel)[None, :] + tl.load(shift + channel)[None, :]
@@ -160,17 +187,17 @@ def _silu(
 def _add(
     x, around, offset, n, ny, nz,
     FX: tl.constexpr, FY: tl.constexpr, FZ: tl.constexpr,
-    CHANNELS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    channels, WIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     channel = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = (row < n)[:, None]
-    at = row[:, None].to(tl.int64) * CHANNELS + channel[None, :]
+    at = row[:, None].to(tl.int64) * channels + channel[None, :]
     source = row
     if FX * FY * FZ > 1:
         z, y, i = row % nz, row // nz % ny, row // (ny * nz)
         source = (i // FX * (ny // FY) + y // FY) * (nz // FZ) + z // FZ
-    near = source[:, None].to(tl.int64) * CHANNELS + channel[None, :]
+    near = source[:, None].to(tl.int64) * channels + channel[None, :]
     value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     value += tl.load(around + near, mask=mask, other=0.0).to(tl.float32)
     value += tl.load(offset + channel)[None, :]
@@ -181,7 +208,7 @@ def _add(
 def _average(
     x, out, n, ny, nz,
     FX: tl.constexpr, FY: tl.constexpr, FZ: tl.constexpr,
-    CHANNELS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    channels, WIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """`n`, `ny` and `nz` are those of the coarse grid."""
     channel = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
@@ -193,21 +220,61 @@ def _average(
         for b in tl.static_range(FY):
             for c in tl.static_range(FZ):
                 source = ((i * FX + a) * (ny * FY) + y * FY + b) * (nz * FZ) + z * FZ + c
-                at = source[:, None].to(tl.int64) * CHANNELS + channel[None, :]
+                at = source[:, None].to(tl.int64) * channels + channel[None, :]
                 total += tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     total = total / (FX * FY * FZ)
-    at = row[:, None].to(tl.int64) * CHANNELS + channel[None, :]
+    at = row[:, None].to(tl.int64) * channels + channel[None, :]
     tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _place(
     x, out, n, first,
-    CHANNELS: tl.constexpr, OUT: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    channels, wide, WIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Channels of x go to the channels of `out` from `first` on."""
     channel = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = (row < n)[:, None]
-    value = tl.load(x + row[:, None].to(tl.int64) * CHANNELS + channel[None, :], mask=mask)
-    tl.store(out + row[:, None].to(tl.int64) * OUT + first + channel[None, :], value, mask=mask)
+    value = tl.load(x + row[:, None].to(tl.int64) * channels + channel[None, :], mask=mask)
+    tl.store(out + row[:, None].to(tl.int64) * wide + first + channel[None, :], value, mask=mask)
+
+
+@triton.jit
+def _haar(x, y, ny, nz, cubes, INVERSE: tl.constexpr, CUBES: tl.constexpr):
+    """From the cubes of x to the bands of y, or back: the matrix of Haar is its own inverse."""
+    cube = tl.program_id(0) * CUBES + tl.arange(0, CUBES)
+    mask = cube < cubes
+    image = tl.program_id(1).to(tl.int64) * 8 * cubes
+    k, j, i = cube % nz, cube // nz % ny, cube // (ny * nz)
+    corner = x + image + ((2 * i * 2 * ny + 2 * j) * (2 * nz)).to(tl.int64) + 2 * k
+    along_x, along_y = 4 * ny * nz, 2 * nz
+    band = y + image + cube
+    one, step_x, step_y, step_z = corner, along_x, along_y, 1
+    if INVERSE:
+        one, step_x, step_y, step_z = band, 4 * cubes, 2 * cubes, cubes
+    a = tl.load(one, mask=mask).to(tl.float32)
+    b = tl.load(one + step_z, mask=mask).to(tl.float32)
+    c = tl.load(one + step_y, mask=mask).to(tl.float32)
+    d = tl.load(one + step_y + step_z, mask=mask).to(tl.float32)
+    one += step_x
+    e = tl.load(one, mask=mask).to(tl.float32)
+    f = tl.load(one + step_z, mask=mask).to(tl.float32)
+    g = tl.load(one + step_y, mask=mask).to(tl.float32)
+    h = tl.load(one + step_y + step_z, mask=mask).to(tl.float32)
+    a, b, c, d, e, f, g, h = a + b, a - b, c + d, c - d, e + f, e - f, g + h, g - h
+    a, b, c, d, e, f, g, h = a + c, b + d, a - c, b - d, e + g, f + h, e - g, f - h
+    a, b, c, d, e, f, g, h = a + e, b + f, c + g, d + h, a - e, b - f, c - g, d - h
+    one, step_x, step_y, step_z = band, 4 * cubes, 2 * cubes, cubes
+    if INVERSE:
+        one, step_x, step_y, step_z = corner, along_x, along_y, 1
+    share = 0.35355339059327373  # 8 ** -0.5
+    tl.store(one, (a * share).to(y.dtype.element_ty), mask=mask)
+    tl.store(one + step_z, (b * share).to(y.dtype.element_ty), mask=mask)
+    tl.store(one + step_y, (c * share).to(y.dtype.element_ty), mask=mask)
+    tl.store(one + step_y + step_z, (d * share).to(y.dtype.element_ty), mask=mask)
+    one += step_x
+    tl.store(one, (e * share).to(y.dtype.element_ty), mask=mask)
+    tl.store(one + step_z, (f * share).to(y.dtype.element_ty), mask=mask)
+    tl.store(one + step_y, (g * share).to(y.dtype.element_ty), mask=mask)
+    tl.store(one + step_y + step_z, (h * share).to(y.dtype.element_ty), mask=mask)

@@ -11,18 +11,14 @@ afterwards: chains of many steps earn that back. Otherwise torch runs them as th
 compute in float32, whatever the features are kept in.
 """
 
-import importlib
-import logging
 import math
-import os
 from collections.abc import Callable, Sequence
-from functools import cache
-from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from cwdm.compilers import kernels, loops, loops_work
 
 __all__ = [
     "Passes",
@@ -126,13 +122,13 @@ class Passes:
     def choose(self, *, compiled: bool = False) -> Way:
         """The way from now on: kernels where they work, else compiled if wanted and possible."""
         self.way: Way = "torch"
-        made: Callable[[Callable[..., Any]], Callable[..., Any]] = _as_it_is
-        if self.device.type == "cuda" and _kernels_work():
-            self.way, made = "kernels", _kernel
-        elif compiled and self.device.type == "cpu" and _compiles():
-            self.way, made = "compiled", _compiled
-        self.scaling, self.activate, self.activate_, self.add, self.averaged, self.joined = map(
-            made, _PASSES
+        functions: Sequence[Callable[..., Any]] = _PASSES
+        if self.device.type == "cuda" and (found := kernels()):
+            self.way, functions = "kernels", [getattr(found, each.__name__) for each in _PASSES]
+        elif compiled and self.device.type == "cpu" and loops_work():
+            self.way, functions = "compiled", [loops(each) for each in _PASSES]
+        self.scaling, self.activate, self.activate_, self.add, self.averaged, self.joined = (
+            functions
         )
         return self.way
 
@@ -151,50 +147,3 @@ class Passes:
     def pay(self) -> bool:
         """Not on a processor as torch runs them: there its own normalization is quicker."""
         return self.way != "torch" or self.device.type != "cpu"
-
-
-def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function
-
-
-def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """That of the same name."""
-    found: Callable[..., Any] = getattr(
-        importlib.import_module("cwdm.kernels"), function.__name__
-    )
-    return found
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """For every size at once."""
-    return torch.compile(function, dynamic=True)
-
-
-@cache
-def _kernels_work() -> bool:
-    """Whether there is Triton, and what it needs to make kernels: tried once in a process."""
-    return _tried("kernels", lambda: _kernel(add), "cuda")
-
-
-@cache
-def _compiles() -> bool:
-    """Whether there is a compiler that works: tried once in a process.
-
-    What was compiled is kept in the user's cache folder.
-    """
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "cwdm" / "compiled"))
-    return _tried("compiled code", lambda: _compiled(add), "cpu")
-
-
-def _tried(what: str, find: Callable[[], Callable[..., Any]], device: str) -> bool:
-    """Whether an addition of a handful of numbers works."""
-    try:
-        with torch.inference_mode(), torch.device(device):
-            find()(torch.zeros(1, 8), torch.zeros(1, 8), torch.zeros(8), (1, 1, 1), (1, 1, 1))
-    except Exception as error:  # whatever a compiler that is absent or broken makes them raise
-        reason = str(error).strip().splitlines() or [repr(error)]
-        logging.getLogger(__name__).info("without %s: %s", what, reason[0])
-        return False
-    return True

@@ -10,6 +10,7 @@ The transform keeps the energy of a volume, turns white noise into white noise, 
 its transpose (Mallat 1989).
 """
 
+from collections.abc import Iterator
 from functools import cache
 from itertools import product
 
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cwdm.compilers import kernels
 from cwdm.errors import InputError
 
 __all__ = ["BANDS", "dwt3", "filters", "idwt3"]
@@ -62,8 +64,7 @@ def dwt3(x: Tensor, wavelet: str = "haar") -> Tensor:
     bank = _long_enough(filters(wavelet), x.shape[2:])
     b, c, *size = x.shape
     if bank.shape[1] == 2:
-        y = F.conv3d(x.reshape(b * c, 1, *size), _cubes(bank).to(x), stride=2)
-        return y.reshape(b, 8 * c, *y.shape[2:])
+        return _haar(x.reshape(b * c, *size), bank).reshape(b, 8 * c, *(n // 2 for n in size))
     y = x.reshape(b * c, 1, *size)
     before, after = _overhang(bank)
     for axis in range(3):
@@ -87,8 +88,8 @@ def idwt3(y: Tensor, wavelet: str = "haar") -> Tensor:
     bank = _long_enough(filters(wavelet), [2 * n for n in y.shape[2:]])
     b, c, *size = y.shape
     if bank.shape[1] == 2:
-        x = F.conv_transpose3d(y.reshape(b * c // 8, 8, *size), _cubes(bank).to(y), stride=2)
-        return x.reshape(b, c // 8, *x.shape[2:])
+        x = _inverse_haar(y.reshape(b * c // 8, 8, *size), bank)
+        return x.reshape(b, c // 8, *x.shape[1:])
     x = y.reshape(b * c // 8, 8, *size)
     before, after = _overhang(bank)
     for axis in reversed(range(3)):
@@ -99,10 +100,63 @@ def idwt3(y: Tensor, wavelet: str = "haar") -> Tensor:
     return x.reshape(b, c // 8, *x.shape[2:])
 
 
+_CUBES = 2**16
+"""Of 2 x 2 x 2 voxels that are transformed at a time: they and their bands stay in the cache."""
+
+
+def _haar(x: Tensor, bank: Tensor) -> Tensor:
+    """(N, X, Y, Z) -> (N, 8, X/2, Y/2, Z/2), reading and writing memory once."""
+    n, *size = x.shape
+    matrix = _cubes(bank).to(x)
+    nx, ny, nz = (length // 2 for length in size)
+    if x.is_cuda and (found := kernels()) and not _differentiated(x):
+        return found.haar(x.contiguous())  # type: ignore[no-any-return]
+    if x.device.type != "cpu" or _differentiated(x):
+        return F.conv3d(x[:, None], matrix.view(8, 1, 2, 2, 2), stride=2)
+    cubes = x.reshape(n * nx, 2, ny, 2, nz, 2).permute(1, 3, 5, 0, 2, 4)
+    y = x.new_empty(n, 8, nx, ny, nz)
+    with torch.autocast("cpu", enabled=False):
+        for image, first, last in _slabs(n, nx, ny * nz):
+            given = cubes[..., image * nx + first : image * nx + last, :, :].reshape(8, -1)
+            torch.mm(matrix, given, out=y[image, :, first:last].view(8, -1))
+    return y
+
+
+def _inverse_haar(y: Tensor, bank: Tensor) -> Tensor:
+    """(N, 8, X, Y, Z) -> (N, 2*X, 2*Y, 2*Z), reading and writing memory once."""
+    n, _, nx, ny, nz = y.shape
+    matrix = _cubes(bank).to(y)
+    if y.is_cuda and (found := kernels()) and not _differentiated(y):
+        return found.inverse_haar(y.contiguous())  # type: ignore[no-any-return]
+    if y.device.type != "cpu" or _differentiated(y) or y.dtype == torch.bfloat16:
+        return F.conv_transpose3d(y, matrix.view(8, 1, 2, 2, 2), stride=2)[:, 0]
+    y = y.contiguous()
+    x = y.new_empty(n * nx, 2, ny, 2, nz, 2)
+    pairs = torch.view_as_complex(x).permute(1, 3, 0, 2, 4)  # neighbours along Z, written at once
+    with torch.autocast("cpu", enabled=False):
+        for image, first, last in _slabs(n, nx, ny * nz):
+            cubes = torch.mm(matrix.T, y[image, :, first:last].reshape(8, -1))
+            one, other = cubes.view(2, 2, 2, -1, ny, nz).unbind(2)
+            torch.complex(one, other, out=pairs[:, :, image * nx + first : image * nx + last])
+    return x.view(n, 2 * nx, 2 * ny, 2 * nz)
+
+
+def _slabs(n: int, planes: int, cubes: int) -> Iterator[tuple[int, int, int]]:
+    """Image, first and last plane of pieces of about `_CUBES`, of n images with so many cubes in
+    each plane."""
+    step = max(1, _CUBES // cubes)
+    for image in range(n):
+        for first in range(0, planes, step):
+            yield image, first, min(first + step, planes)
+
+
+def _differentiated(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
+
+
 def _cubes(bank: Tensor) -> Tensor:
-    """The eight separable 2x2x2 filters of Haar, (8, 1, 2, 2, 2): one pass for all three axes."""
-    cubes = torch.einsum("ip,jq,kr->ijkpqr", bank, bank, bank)
-    return cubes.reshape(8, 1, 2, 2, 2)
+    """The eight separable 2 x 2 x 2 filters of Haar, (8, 8): band, and place in the cube."""
+    return torch.einsum("ip,jq,kr->ijkpqr", bank, bank, bank).reshape(8, 8)
 
 
 def _along(bank: Tensor, axis: int) -> tuple[Tensor, tuple[int, ...]]:

@@ -128,15 +128,6 @@ def test_a_grid_that_cannot_be_halved_is_refused(kind: Callable[..., nn.Module])
         kind(SMALL, 8)(torch.zeros(1, 8, 4, 4, 5), torch.tensor([0]))
 
 
-def test_weights_in_float32_are_not_copied() -> None:
-    plain = network(SMALL)
-    mine = {tensor.data_ptr() for tensor in plain.parameters()}
-    fast = FastUNet(plain)
-    tensors = [*fast.parameters(), *fast.buffers()]
-    copied = [tensor for tensor in tensors if tensor.data_ptr() not in mine]
-    assert [tuple(tensor.shape) for tensor in copied] == [(32, 32, 4, 4, 4)]  # the transposed one
-
-
 def test_it_multiplies_less_where_voxels_are_repeated() -> None:
     """Of the one convolution behind a repetition 8 of 27 multiplications are left."""
     config = replace(SMALL, multipliers=(1, 1))
