@@ -23,13 +23,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError, computed_field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 from torch.utils.benchmark.utils.common import set_torch_threads
 from torch.utils.benchmark.utils.timer import timer  # waits for a GPU
@@ -106,6 +106,9 @@ class Setup:
     device: str = "auto"
     precision: Precision = "auto"
     """Of the fast path; the reference is float32."""
+    compiled: bool | None = None
+    """Compile what lies between the convolutions of synthesis, by default as for a chain of all
+    steps; and the whole network in training, by default not."""
     threads: int = 0
     """0 for as many as torch takes by itself."""
     repeats: int = 5
@@ -403,7 +406,7 @@ def rates(device: torch.device) -> dict[str, float]:
 
     def product(dtype: torch.dtype) -> float:
         n = _MATRIX[device.type]
-        a = torch.ones(n, n, device=device, dtype=dtype)
+        a = torch.randn(n, n, device=device).to(dtype)  # equal numbers are multiplied faster
         return 2 * n**3 / seconds("a @ b", a, a.clone())
 
     found = {"fp32": product(torch.float32), "bf16": product(torch.bfloat16)}
@@ -424,17 +427,28 @@ def _engine(ground: Ground, way: Way) -> Engine:
     model = Model(config, denoiser, assumed_priors(config), Path(config.name), sha256="")
     setup = ground.setup
     return Engine(
-        model, device=setup.device, precision=setup.precision, reference=way == "reference"
+        model,
+        device=setup.device,
+        precision=setup.precision,
+        compiled=setup.compiled,
+        reference=way == "reference",
     )
 
 
-def _trainable(ground: Ground, way: Way) -> tuple[Denoiser, bool]:
-    """An untrained network as it is trained on a path, and whether it computes in bfloat16."""
-    denoiser = _random(ground.config).to(ground.device)
+def _trainable(ground: Ground, way: Way) -> tuple[Denoiser, nn.Module, bool]:
+    """An untrained network as it is trained on a path: with its gradients, as it is called, and
+    whether it computes in bfloat16."""
+    from cwdm.train import trainable
+
+    denoiser = _random(ground.config)
     if way == "reference":
-        return denoiser, False
-    denoiser.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    return denoiser, ground.setup.precision == "bf16"
+        denoiser.to(ground.device)
+        return denoiser, denoiser, False
+    bf16, compiled = ground.setup.precision == "bf16", bool(ground.setup.compiled)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    denoiser = trainable(denoiser, ground.device, dtype, compiled=compiled)
+    called = torch.compile(denoiser) if compiled else denoiser
+    return denoiser, cast(nn.Module, called), bf16
 
 
 def _random(config: Config) -> Denoiser:
@@ -471,6 +485,7 @@ def _arithmetic(bf16: bool, device: torch.device) -> str:
 
 def _network(ground: Ground, way: Way) -> dict[str, Work]:
     engine, size = _engine(ground, way), ground.setup.size
+    engine.way(ground.config.process.steps)  # as in a chain of all of them
     inputs = _inputs(ground.config, size, engine.device)
 
     @torch.inference_mode()
@@ -482,14 +497,18 @@ def _network(ground: Ground, way: Way) -> dict[str, Work]:
 
 
 def _backward(ground: Ground, way: Way) -> dict[str, Work]:
-    (denoiser, bf16), size, device = _trainable(ground, way), ground.setup.size, ground.device
+    (denoiser, network, bf16), size, device = (
+        _trainable(ground, way),
+        ground.setup.size,
+        ground.device,
+    )
     inputs = _inputs(ground.config, size, device)
     weight = next(denoiser.parameters())
 
     def step() -> Outcome:
         denoiser.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            output = denoiser(*inputs)
+            output: Tensor = network(*inputs)
         output.float().square().mean().backward()
         return Outcome(weight.grad)
 
@@ -568,6 +587,7 @@ def _training(ground: Ground, way: Way) -> dict[str, Work]:
         Path(tempfile.mkdtemp(dir=ground.folder)),
         device=setup.device,
         precision=precision,
+        compiled=way == "fast" and bool(setup.compiled),
         workers=0,
     )
     count = partial(flops, ground.config, setup.size, backward=True)

@@ -24,7 +24,16 @@ from cwdm.model import Model, build_denoiser
 from cwdm.passes import Passes, Way
 from cwdm.sampling import SAMPLERS, Draw, ddim
 
-__all__ = ["LONG", "TURN", "Engine", "Precision", "Progress", "choose_bf16", "choose_device", "resident"]
+__all__ = [
+    "LONG",
+    "TURN",
+    "Engine",
+    "Precision",
+    "Progress",
+    "choose_bf16",
+    "choose_device",
+    "resident",
+]
 
 Precision = Literal["auto", "fp32", "bf16"]
 Progress = Callable[[int, int], None]
@@ -32,6 +41,9 @@ Progress = Callable[[int, int], None]
 
 LONG = 20
 """Steps from which on compiling pays."""
+
+_LIBRARIES = 96 * 2**20
+"""Bytes that libraries take on a processor when they first compute, for kernels and threads."""
 
 TURN = threading.Lock()
 """One network at a time computes in a process; other threads read and write meanwhile."""
@@ -105,7 +117,7 @@ class Engine:
 
     def peak(self, size: Sequence[int]) -> int:
         """About how many bytes this process, or the GPU, will hold at most during such a chain."""
-        held = resident("VmRSS")
+        held = resident("VmRSS") + _LIBRARIES
         if self.device.type == "cuda":
             held = torch.cuda.memory_allocated(self.device)
         needed = self.footprint(size)

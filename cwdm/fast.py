@@ -9,8 +9,8 @@
 - What the time embedding adds to a convolution's output is part of its bias; what it does to the
   output of a normalization is part of that one's weight and bias.
 - Averaging is a convolution of each channel by itself.
-- With `passes.Passes`, normalization and SiLU are one pass after a pass for the statistics, in place
-  where the input is not needed any more; biases of convolutions are added by the pass that follows.
+- With `passes.Passes`, normalization and SiLU are one pass after a pass for the statistics, in
+  place where the input is not needed any more; biases of convolutions are left to what follows.
 
 Weights of convolutions and features are kept in the precision that is computed in; statistics of
 normalizations, embeddings and attention are float32.
@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from cwdm.denoiser import Denoiser
 from cwdm.passes import Passes, rows
@@ -130,7 +131,8 @@ class FastUNet(nn.Module):
             del skip  # before the block needs memory
             h = stage(h, embedding)
         h = self.norm(h, spent=True)
-        return self.out(h, embedding).to(torch.float32, memory_format=torch.contiguous_format)
+        result: Tensor = self.out(h, embedding)
+        return result.to(torch.float32, memory_format=torch.contiguous_format)
 
     def _joined(self, one: Tensor, other: Tensor) -> Tensor:
         if not self.how.passes.pay:
@@ -203,9 +205,10 @@ class _Convolution(nn.Module):
         self.how = how
         weight = conv.weight.detach()
         self.stride, self.padding = tuple(conv.stride), conv.padding
+        self.packable = torch.backends.mkldnn.is_available()
         if max(repeat) > 1:
             weight, self.function = transposed(weight, repeat), F.conv_transpose3d
-            self.stride = tuple(repeat)
+            self.stride, self.packable = tuple(repeat), False
         weight = weight.to(how.dtype).contiguous(memory_format=_ORDER)
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", conv.bias.detach(), persistent=False)
@@ -218,8 +221,22 @@ class _Convolution(nn.Module):
         """
         bias = self.bias if shift is None else self.bias + shift
         now, later = (None, bias) if self.how.passes.pay else (bias.to(x.dtype), None)
-        h = self.function(x, self.weight, now, stride=self.stride, padding=self.padding)
+        if self._is_packed(x):
+            h: Tensor = torch.ops.mkldnn._convolution_pointwise(
+                x, self.weight, now, self.padding, self.stride, [1] * 3, 1, "none", [], ""
+            )
+        else:
+            h = self.function(x, self.weight, now, stride=self.stride, padding=self.padding)
         return h.contiguous(memory_format=_ORDER), later
+
+    def _is_packed(self, x: Tensor) -> bool:
+        """Whether the weight is as oneDNN wants it, so that it need not be at every call."""
+        if self.packable and x.device.type == "cpu" and not isinstance(x, FakeTensor):
+            self.packable = False
+            self.weight = torch.ops.aten.mkldnn_reorder_conv3d_weight(
+                self.weight.contiguous().to_mkldnn(), self.padding, self.stride, [1] * 3, 1, x.shape
+            )
+        return self.weight.is_mkldnn
 
 
 class _NormSiLU(nn.Module):
@@ -286,6 +303,7 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         told = self.tell(embedding)
+        h: Tensor
         around, bias = x, None
         if self.around is not None:
             around, bias = self.around(x)
@@ -325,6 +343,7 @@ class _Resampling(nn.Module):
         self.conv = conv
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h: Tensor
         h, owed = self.conv(x)
         return h if owed is None else h.add_(owed.to(h.dtype)[:, None, None, None])
 
@@ -343,7 +362,8 @@ class _Attention(nn.Module):
 
 def _image(flat: Tensor, size: Sequence[int]) -> Tensor:
     """The features (1, C, X, Y, Z) whose rows these are."""
-    return flat.view(1, *size, -1).movedim(-1, 1)
+    image: Tensor = flat.view(1, *size, flat.shape[1]).movedim(-1, 1)
+    return image
 
 
 def _stage(stage: nn.Module, how: _How, *, spent: bool = False) -> Stage:

@@ -1,8 +1,8 @@
 """What is worth a kernel of its own on a GPU: the passes of `passes`, and the Haar transform.
 
-In Triton, which comes with torch for CUDA. Everything is computed in float32. Of features, which are
-rows (voxels, channels), a program works on a tile of `_ROWS` rows and of as many channels as a power
-of two allows.
+In Triton, which comes with torch for CUDA. Everything is computed in float32. Of features, which
+are rows (voxels, channels), a program works on a tile of `_ROWS` rows and of as many channels as a
+power of two allows.
 """
 
 from collections.abc import Sequence
@@ -65,7 +65,9 @@ def _activated(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def add(x: Tensor, around: Tensor, offset: Tensor, size: Sequence[int], repeat: Sequence[int]) -> None:
+def add(
+    x: Tensor, around: Tensor, offset: Tensor, size: Sequence[int], repeat: Sequence[int]
+) -> None:
     """As `passes.add`."""
     n, channels = x.shape
     wide = _width(channels)
@@ -101,7 +103,9 @@ def haar(x: Tensor) -> Tensor:
     """(N, X, Y, Z) -> (N, 8, X/2, Y/2, Z/2), as `wavelet.dwt3`."""
     n, nx, ny, nz = x.shape
     y = x.new_empty(n, 8, nx // 2, ny // 2, nz // 2)
-    _haar[triton.cdiv(y[0, 0].numel(), _CUBES), n](x, y, ny // 2, nz // 2, y[0, 0].numel(), False, _CUBES)
+    _haar[triton.cdiv(y[0, 0].numel(), _CUBES), n](
+        x, y, ny // 2, nz // 2, y[0, 0].numel(), False, _CUBES
+    )
     return y
 
 

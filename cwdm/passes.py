@@ -1,9 +1,9 @@
 """What a network does to features between two convolutions, each in one pass over memory.
 
 Features are rows here, (voxels, channels), as channels-last memory holds them. A group
-normalization is then a scale and a shift of every channel, found in one pass (`scaling`) and applied
-together with SiLU in another (`activate`); what goes around a block is added together with the
-biases of the convolutions before it (`add`), which therefore need no pass of their own.
+normalization is then a scale and a shift of every channel, found in one pass (`scaling`) and
+applied together with SiLU in another (`activate`); what goes around a block is added together with
+the biases of the convolutions before it (`add`), which therefore need no pass of their own.
 
 There are three ways. On a GPU they are kernels (`kernels`). On a processor `torch.compile` can make
 loops in C++ of them, which takes half a minute once on a machine and three seconds in every process
@@ -139,7 +139,9 @@ class Passes:
         outline.scaling = lambda x, *_: torch.empty(2, x.shape[1]).unbind()
         outline.activate = lambda x, *_: torch.empty_like(x)
         outline.activate_ = outline.add = lambda *_: None
-        outline.averaged = lambda x, _, factors: x.new_empty(len(x) // math.prod(factors), *x.shape[1:])
+        outline.averaged = lambda x, _, factors: x.new_empty(
+            len(x) // math.prod(factors), *x.shape[1:]
+        )
         outline.joined = lambda x, other: x.new_empty(len(x), x.shape[1] + other.shape[1])
         return outline
 

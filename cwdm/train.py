@@ -131,6 +131,7 @@ def train(
         config,
         accelerator.device,
         _dtype(precision, accelerator.device),
+        compiled=compiled,
         ema=0.0 if overfit else settings.ema,  # an average would lag behind
     )
     run = RunFolder(run_dir, main=accelerator.is_main_process)
@@ -205,6 +206,19 @@ def train(
         run.close()
 
 
+def trainable(
+    denoiser: Denoiser, device: torch.device, dtype: torch.dtype, *, compiled: bool
+) -> Denoiser:
+    """On a device, its weights in the order in memory that makes a step quickest there.
+
+    Channels last suits convolutions in half precision, but not torch's own group normalization on
+    a GPU, which compiling replaces.
+    """
+    last = dtype is not torch.float32 and (compiled or device.type == "cpu")
+    order = torch.channels_last_3d if last else torch.contiguous_format
+    return cast(Denoiser, denoiser.to(device, memory_format=order))  # type: ignore[call-overload]
+
+
 def launched(device: str) -> PartialState:
     """This process among those that were started together; it is one where there are no others."""
     return PartialState(cpu=choose_device(device).type == "cpu", timeout=_PATIENCE)
@@ -259,14 +273,20 @@ class _State:
 
     @classmethod
     def fresh(
-        cls, config: Config, device: torch.device, dtype: torch.dtype, *, ema: float
+        cls,
+        config: Config,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        compiled: bool,
+        ema: float,
     ) -> "_State":
         torch.manual_seed(config.training.seed)
-        denoiser = build_denoiser(config)
-        denoiser.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        denoiser = trainable(build_denoiser(config), device, dtype, compiled=compiled)
         average = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(ema)).eval()
         rate = config.training.learning_rate
-        optimizer = torch.optim.AdamW(denoiser.parameters(), rate, weight_decay=0.0)
+        fused = device.type == "cuda"
+        optimizer = torch.optim.AdamW(denoiser.parameters(), rate, weight_decay=0.0, fused=fused)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         return cls(denoiser, average, optimizer, scaler, dtype)
 

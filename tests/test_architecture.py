@@ -47,6 +47,7 @@ ROWS = {
         "memory",
         "metrics",
         "noise",
+        "passes",
         "process",
         "relaxation",
         "sampling",
@@ -54,7 +55,7 @@ ROWS = {
         "unet",
         "wavunet",
     },
-    "leaves": {"errors", "modality", "wavelet"},
+    "leaves": {"compilers", "errors", "kernels", "modality", "wavelet"},
 }
 ROW_OF = {module: depth for depth, modules in enumerate(ROWS.values()) for module in modules}
 
@@ -87,6 +88,7 @@ HOMES = {
     "brats": {"external"},
     "docker": {"external"},
     "loguru": {"external"},
+    "triton": {"kernels"},
 }
 
 

@@ -141,7 +141,7 @@ def test_rates_are_of_the_best_run(monkeypatch: pytest.MonkeyPatch) -> None:
             with FlopCounterMode(display=False) as counter:
                 result = eval(statement, globals)
             seen.append((counter.get_total_flops(), result.nbytes))
-            assert (globals["a"] == 1).all()
+            assert len(globals["a"].unique()) > 1 or globals["b"].ndim == 1
 
         def blocked_autorange(self, min_run_time: float) -> SimpleNamespace:
             return SimpleNamespace(times=[4.0, 2.0, 3.0])

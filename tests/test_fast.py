@@ -131,7 +131,7 @@ def test_a_grid_that_cannot_be_halved_is_refused(kind: Callable[..., nn.Module])
 def test_it_multiplies_less_where_voxels_are_repeated() -> None:
     """Of the one convolution behind a repetition 8 of 27 multiplications are left."""
     config = replace(SMALL, multipliers=(1, 1))
-    plain, given = network(config), inputs(config, 1)
+    plain, given = network(config).to("meta"), [x.to("meta") for x in inputs(config, 1)]
     counts = []
     for each in (plain, FastUNet(plain)):
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
