@@ -63,12 +63,18 @@ class Transform:
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, C, X, Y, Z) -> (B, channels*C, X/factor, ...), bands scaled."""
+        if self._halvings == 1:
+            lll, rest = 1 / (self.scale * self.lll_scale), 1 / self.scale
+            return dwt3(images, self.wavelet, lll=lll, rest=rest)
         for _ in range(self._halvings):
             images = dwt3(images, self.wavelet)
         return images / self._band_scale(images)
 
     def decode(self, coefficients: Tensor) -> Tensor:
         """(B, channels*C, X, Y, Z) -> images (B, C, factor*X, ...); inverse of ``encode``."""
+        if self._halvings == 1:
+            lll = self.scale * self.lll_scale
+            return idwt3(coefficients, self.wavelet, lll=lll, rest=self.scale)
         images = coefficients * self._band_scale(coefficients)
         for _ in range(self._halvings):
             images = idwt3(images, self.wavelet)

@@ -99,22 +99,29 @@ def joined(one: Tensor, other: Tensor) -> Tensor:
     return out
 
 
-def haar(x: Tensor) -> Tensor:
+def haar(x: Tensor, lll: float, rest: float) -> Tensor:
     """(N, X, Y, Z) -> (N, 8, X/2, Y/2, Z/2), as `wavelet.dwt3`."""
-    n, nx, ny, nz = x.shape
-    y = x.new_empty(n, 8, nx // 2, ny // 2, nz // 2)
-    _haar[triton.cdiv(y[0, 0].numel(), _CUBES), n](
-        x, y, ny // 2, nz // 2, y[0, 0].numel(), False, _CUBES
-    )
+    n, *size = x.shape
+    y = x.new_empty(n, 8, *(length // 2 for length in size))
+    _transform(x, y, lll, rest, inverse=False)
     return y
 
 
-def inverse_haar(y: Tensor) -> Tensor:
-    """The inverse of `haar`."""
-    n, _, nx, ny, nz = y.shape
-    x = y.new_empty(n, 2 * nx, 2 * ny, 2 * nz)
-    _haar[triton.cdiv(nx * ny * nz, _CUBES), n](x, y, ny, nz, nx * ny * nz, True, _CUBES)
+def inverse_haar(y: Tensor, lll: float, rest: float) -> Tensor:
+    """(N, 8, X, Y, Z) -> (N, 2*X, 2*Y, 2*Z), as `wavelet.idwt3`."""
+    n, _, *size = y.shape
+    x = y.new_empty(n, *(2 * length for length in size))
+    _transform(x, y, lll, rest, inverse=True)
     return x
+
+
+def _transform(x: Tensor, y: Tensor, lll: float, rest: float, *, inverse: bool) -> None:
+    n, _, nx, ny, nz = y.shape
+    cubes = nx * ny * nz
+    share = 8**-0.5
+    _haar[triton.cdiv(cubes, _CUBES), n](
+        x, y, lll * share, rest * share, ny, nz, cubes, inverse, _CUBES
+    )
 
 
 def _width(channels: int) -> int:
@@ -245,7 +252,7 @@ def _place(
 
 
 @triton.jit
-def _haar(x, y, ny, nz, cubes, INVERSE: tl.constexpr, CUBES: tl.constexpr):
+def _haar(x, y, lll, rest, ny, nz, cubes, INVERSE: tl.constexpr, CUBES: tl.constexpr):
     """From the cubes of x to the bands of y, or back: the matrix of Haar is its own inverse."""
     cube = tl.program_id(0) * CUBES + tl.arange(0, CUBES)
     mask = cube < cubes
@@ -266,19 +273,40 @@ def _haar(x, y, ny, nz, cubes, INVERSE: tl.constexpr, CUBES: tl.constexpr):
     f = tl.load(one + step_z, mask=mask).to(tl.float32)
     g = tl.load(one + step_y, mask=mask).to(tl.float32)
     h = tl.load(one + step_y + step_z, mask=mask).to(tl.float32)
+    if INVERSE:
+        a, b, c, d, e, f, g, h = (
+            a * lll,
+            b * rest,
+            c * rest,
+            d * rest,
+            e * rest,
+            f * rest,
+            g * rest,
+            h * rest,
+        )
     a, b, c, d, e, f, g, h = a + b, a - b, c + d, c - d, e + f, e - f, g + h, g - h
     a, b, c, d, e, f, g, h = a + c, b + d, a - c, b - d, e + g, f + h, e - g, f - h
     a, b, c, d, e, f, g, h = a + e, b + f, c + g, d + h, a - e, b - f, c - g, d - h
     one, step_x, step_y, step_z = band, 4 * cubes, 2 * cubes, cubes
     if INVERSE:
         one, step_x, step_y, step_z = corner, along_x, along_y, 1
-    share = 0.35355339059327373  # 8 ** -0.5
-    tl.store(one, (a * share).to(y.dtype.element_ty), mask=mask)
-    tl.store(one + step_z, (b * share).to(y.dtype.element_ty), mask=mask)
-    tl.store(one + step_y, (c * share).to(y.dtype.element_ty), mask=mask)
-    tl.store(one + step_y + step_z, (d * share).to(y.dtype.element_ty), mask=mask)
+    if not INVERSE:
+        a, b, c, d, e, f, g, h = (
+            a * lll,
+            b * rest,
+            c * rest,
+            d * rest,
+            e * rest,
+            f * rest,
+            g * rest,
+            h * rest,
+        )
+    tl.store(one, a.to(y.dtype.element_ty), mask=mask)
+    tl.store(one + step_z, b.to(y.dtype.element_ty), mask=mask)
+    tl.store(one + step_y, c.to(y.dtype.element_ty), mask=mask)
+    tl.store(one + step_y + step_z, d.to(y.dtype.element_ty), mask=mask)
     one += step_x
-    tl.store(one, (e * share).to(y.dtype.element_ty), mask=mask)
-    tl.store(one + step_z, (f * share).to(y.dtype.element_ty), mask=mask)
-    tl.store(one + step_y, (g * share).to(y.dtype.element_ty), mask=mask)
-    tl.store(one + step_y + step_z, (h * share).to(y.dtype.element_ty), mask=mask)
+    tl.store(one, e.to(y.dtype.element_ty), mask=mask)
+    tl.store(one + step_z, f.to(y.dtype.element_ty), mask=mask)
+    tl.store(one + step_y, g.to(y.dtype.element_ty), mask=mask)
+    tl.store(one + step_y + step_z, h.to(y.dtype.element_ty), mask=mask)

@@ -51,10 +51,14 @@ def filters(wavelet: str) -> Tensor:
     return pair.flip(1)  # a convolution runs backwards
 
 
-def dwt3(x: Tensor, wavelet: str = "haar") -> Tensor:
+def dwt3(x: Tensor, wavelet: str = "haar", *, lll: float = 1.0, rest: float = 1.0) -> Tensor:
     """Forward transform: (B, C, X, Y, Z) -> (B, 8*C, X/2, Y/2, Z/2).
 
     Channel ``8*c + b`` of the result is band ``BANDS[b]`` of channel ``c``.
+
+    Args:
+        lll: what the lowest band is multiplied with afterwards.
+        rest: the same of the other seven.
 
     Raises:
         ValueError: if ``x`` is not 5D or an axis has an odd length or is shorter than the filter.
@@ -64,7 +68,8 @@ def dwt3(x: Tensor, wavelet: str = "haar") -> Tensor:
     bank = _long_enough(filters(wavelet), x.shape[2:])
     b, c, *size = x.shape
     if bank.shape[1] == 2:
-        return _haar(x.reshape(b * c, *size), bank).reshape(b, 8 * c, *(n // 2 for n in size))
+        y = _haar(x.reshape(b * c, *size), lll, rest)
+        return y.reshape(b, 8 * c, *y.shape[2:])
     y = x.reshape(b * c, 1, *size)
     before, after = _overhang(bank)
     for axis in range(3):
@@ -73,11 +78,16 @@ def dwt3(x: Tensor, wavelet: str = "haar") -> Tensor:
         weight, stride = _along(bank, axis)
         y = F.conv3d(F.pad(y, around, "circular"), weight.to(x), stride=stride)
         y = y.reshape(-1, 1, *y.shape[2:])
+    y = y.reshape(b * c, 8, *y.shape[2:]) * _gains(lll, rest).view(8, 1, 1, 1).to(y)
     return y.reshape(b, 8 * c, *y.shape[2:])
 
 
-def idwt3(y: Tensor, wavelet: str = "haar") -> Tensor:
+def idwt3(y: Tensor, wavelet: str = "haar", *, lll: float = 1.0, rest: float = 1.0) -> Tensor:
     """Inverse transform: (B, 8*C, X, Y, Z) -> (B, C, 2*X, 2*Y, 2*Z); ``idwt3(dwt3(x)) == x``.
+
+    Args:
+        lll: what the lowest band is multiplied with before.
+        rest: the same of the other seven.
 
     Raises:
         ValueError: if ``y`` is not 5D, its channels are not a multiple of eight, or an axis of the
@@ -88,9 +98,9 @@ def idwt3(y: Tensor, wavelet: str = "haar") -> Tensor:
     bank = _long_enough(filters(wavelet), [2 * n for n in y.shape[2:]])
     b, c, *size = y.shape
     if bank.shape[1] == 2:
-        x = _inverse_haar(y.reshape(b * c // 8, 8, *size), bank)
+        x = _inverse_haar(y.reshape(b * c // 8, 8, *size), lll, rest)
         return x.reshape(b, c // 8, *x.shape[1:])
-    x = y.reshape(b * c // 8, 8, *size)
+    x = y.reshape(b * c // 8, 8, *size) * _gains(lll, rest).view(8, 1, 1, 1).to(y)
     before, after = _overhang(bank)
     for axis in reversed(range(3)):
         bands = x.reshape(-1, 2, *x.shape[2:])
@@ -104,13 +114,13 @@ _CUBES = 2**16
 """Of 2 x 2 x 2 voxels that are transformed at a time: they and their bands stay in the cache."""
 
 
-def _haar(x: Tensor, bank: Tensor) -> Tensor:
+def _haar(x: Tensor, lll: float, rest: float) -> Tensor:
     """(N, X, Y, Z) -> (N, 8, X/2, Y/2, Z/2), reading and writing memory once."""
     n, *size = x.shape
-    matrix = _cubes(bank).to(x)
     nx, ny, nz = (length // 2 for length in size)
     if x.is_cuda and (found := kernels()) and not _differentiated(x):
-        return found.haar(x.contiguous())  # type: ignore[no-any-return]
+        return found.haar(x.contiguous(), lll, rest)  # type: ignore[no-any-return]
+    matrix = _cubes(lll, rest).to(x)
     if x.device.type != "cpu" or _differentiated(x):
         return F.conv3d(x[:, None], matrix.view(8, 1, 2, 2, 2), stride=2)
     cubes = x.reshape(n * nx, 2, ny, 2, nz, 2).permute(1, 3, 5, 0, 2, 4)
@@ -122,12 +132,12 @@ def _haar(x: Tensor, bank: Tensor) -> Tensor:
     return y
 
 
-def _inverse_haar(y: Tensor, bank: Tensor) -> Tensor:
+def _inverse_haar(y: Tensor, lll: float, rest: float) -> Tensor:
     """(N, 8, X, Y, Z) -> (N, 2*X, 2*Y, 2*Z), reading and writing memory once."""
     n, _, nx, ny, nz = y.shape
-    matrix = _cubes(bank).to(y)
     if y.is_cuda and (found := kernels()) and not _differentiated(y):
-        return found.inverse_haar(y.contiguous())  # type: ignore[no-any-return]
+        return found.inverse_haar(y.contiguous(), lll, rest)  # type: ignore[no-any-return]
+    matrix = _cubes(lll, rest).to(y)
     if y.device.type != "cpu" or _differentiated(y) or y.dtype == torch.bfloat16:
         return F.conv_transpose3d(y, matrix.view(8, 1, 2, 2, 2), stride=2)[:, 0]
     y = y.contiguous()
@@ -154,9 +164,15 @@ def _differentiated(x: Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled()
 
 
-def _cubes(bank: Tensor) -> Tensor:
+def _gains(lll: float, rest: float) -> Tensor:
+    return torch.tensor([lll] + 7 * [rest], dtype=torch.float64)
+
+
+def _cubes(lll: float, rest: float) -> Tensor:
     """The eight separable 2 x 2 x 2 filters of Haar, (8, 8): band, and place in the cube."""
-    return torch.einsum("ip,jq,kr->ijkpqr", bank, bank, bank).reshape(8, 8)
+    bank = filters("haar")
+    cubes = torch.einsum("ip,jq,kr->ijkpqr", bank, bank, bank).reshape(8, 8)
+    return cubes * _gains(lll, rest)[:, None]
 
 
 def _along(bank: Tensor, axis: int) -> tuple[Tensor, tuple[int, ...]]:

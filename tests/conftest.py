@@ -20,6 +20,9 @@ from cwdm.model import build_denoiser, save_model
 from cwdm.simulate import simulate, write_case
 from cwdm.unet import UNet, UNetConfig
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels are interpreted: read when Triton is imported
+
 Ball = Callable[[tuple[int, int, int]], NDArray[np.float64]]
 
 
@@ -31,6 +34,15 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip("no real cases")
     return folder
+
+
+@pytest.fixture(scope="session")
+def kernels() -> Any:
+    """`cwdm.kernels`, interpreted where there is no GPU."""
+    pytest.importorskip("triton")
+    import cwdm.kernels
+
+    return cwdm.kernels
 
 
 @pytest.fixture(scope="session")

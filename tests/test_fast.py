@@ -1,11 +1,15 @@
 """The fast network is the plain one, with fewer operations."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import cwdm.passes
 from cwdm.case import find_cases
 from cwdm.denoiser import Denoiser
 from cwdm.diffusion import Diffusion
 from cwdm.engine import Engine, choose_bf16, resident
-from cwdm.fast import FastUNet, accelerated, transposed
+from cwdm.fast import FastUNet, Replayed, accelerated, transposed
 from cwdm.memory import footprint
 from cwdm.metrics import psnr
 from cwdm.modality import Modality
@@ -188,8 +193,9 @@ def test_a_whole_synthesis_is_the_same_image(
 @pytest.mark.parametrize(
     ("capabilities", "bf16"),
     [
-        ({"amx_bf16": True}, True),
-        ({"avx512_bf16": True}, True),
+        ({"amx_bf16": True, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, True),
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, True),
+        ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, False),
         ({"avx512_bf16": False}, False),
         ({}, False),
     ],
@@ -222,3 +228,70 @@ def test_the_estimate_of_memory_is_near_what_is_measured() -> None:
         held, estimate, measured = pool.submit(_estimated_and_measured, (160, 160, 160)).result()
     assert measured > 1.5 * held  # there is something to estimate
     assert estimate == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["published", "averaged skips", "scale and shift", "two axes"])
+@torch.inference_mode()
+def test_it_is_the_same_network_with_the_kernels_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, kernels: Any, name: str
+) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    monkeypatch.setattr(cwdm.passes, "kernels", lambda: kernels)
+    passes = Passes("cuda")
+    assert passes.way == "kernels"
+    plain, given = network(VARIANTS[name]), inputs(VARIANTS[name], 1)
+    expected = plain(*given)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        fast = FastUNet(plain, dtype, passes).to(device)
+        assert error(fast(*(x.to(device) for x in given)).cpu(), expected) < tolerance
+        plain.cpu()
+
+
+class Recording:
+    """What stands in for a CUDA graph: replaying calls the network again."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+def test_a_network_is_recorded_at_the_second_call_of_a_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
+    monkeypatch.setattr(torch.cuda, "graph", lambda recording: nullcontext())
+    calls: list[int] = []
+
+    class Counting(FastUNet):
+        def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
+            calls.append(x.shape[2])
+            return super().forward(x, *rest)
+
+    replayed = Replayed(Counting(network(SMALL)))
+    x, t = inputs(SMALL, 1)
+    with torch.inference_mode():
+        expected = replayed(x, t)
+        assert calls == [8]
+        assert torch.equal(replayed(x, t), expected)
+        assert calls == [8, 8]  # recorded
+        other = replayed(x + 1, t)
+        assert calls == [8, 8]  # replayed, with what was given now
+        assert torch.equal(replayed._given[0], x + 1)
+        assert other is not replayed._result  # which the next call overwrites
+        replayed(x[:, :, :4], t)
+        assert calls == [8, 8, 4]
+        replayed(x, t)
+        assert calls == [8, 8, 4, 8]  # forgotten meanwhile
+
+
+def test_an_engine_keeps_one_network() -> None:
+    """In half precision the weights it was given are let go."""
+    model = load_model(default_model(Modality.T2F))
+    conv = weakref.ref(model.denoiser.backbone.input_blocks[0][0].weight)
+    engine = Engine(model, device="cpu", precision="bf16")
+    del model
+    gc.collect()
+    assert conv() is None
+    assert isinstance(engine.model.denoiser.backbone, FastUNet)
