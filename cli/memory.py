@@ -16,10 +16,14 @@ def memory_line(engine: Engine, size: Sequence[int]) -> str:
     """What a chain for an image of so many voxels will take, and what there is."""
     where, there = _machine(engine.device)
     arithmetic = "bf16" if engine.bf16 else "fp32"
-    return (
-        f"memory: about {_gb(engine.peak(size))} for {'x'.join(map(str, size))} voxels in "
+    needed = engine.peak(size)
+    line = (
+        f"memory: about {_gb(needed)} for {'x'.join(map(str, size))} voxels in "
         f"{arithmetic}; {where} has {_gb(there)}"
     )
+    if needed > there and not engine.bf16 and (half := engine.peak(size, bf16=True)) < there:
+        line += f": too little, but --precision bf16 takes about {_gb(half)}"
+    return line
 
 
 def _gb(size: int) -> str:

@@ -485,7 +485,7 @@ def _arithmetic(bf16: bool, device: torch.device) -> str:
 
 def _network(ground: Ground, way: Way) -> dict[str, Work]:
     engine, size = _engine(ground, way), ground.setup.size
-    engine.way(ground.config.process.steps)  # as in a chain of all of them
+    engine.prepare(replace(engine.settings(), steps=ground.config.process.steps))
     inputs = _inputs(ground.config, size, engine.device)
 
     @torch.inference_mode()

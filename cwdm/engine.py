@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from cwdm.config import Config, Sampling
-from cwdm.denoiser import Denoiser
 from cwdm.errors import InputError
 from cwdm.fast import FastUNet, Replayed, accelerated
 from cwdm.intensity import NORMALIZATIONS
 from cwdm.memory import Footprint, footprint
 from cwdm.model import Model, build_denoiser
-from cwdm.passes import Passes, Way
+from cwdm.passes import Passes
 from cwdm.sampling import SAMPLERS, Draw, ddim
 
 __all__ = [
@@ -73,21 +72,23 @@ class Engine:
         self.bf16 = not reference and choose_bf16(precision, self.device)
         self.passes = Passes(self.device)
         self.compiled = compiled
-        self.denoiser = self._ready(model.denoiser, self.passes).to(self.device)
+        denoiser = model.denoiser
+        if not reference:
+            denoiser = accelerated(denoiser, self.passes, bf16=self.bf16)
+        self.denoiser = denoiser.to(self.device)
         if self.device.type == "cuda" and isinstance(self.denoiser.backbone, FastUNet):
             self.denoiser.backbone = Replayed(self.denoiser.backbone)
         self.model = replace(model, denoiser=self.denoiser)
 
-    def _ready(self, denoiser: Denoiser, passes: Passes) -> Denoiser:
-        """As it will run."""
-        if self.reference:
-            return denoiser
-        return accelerated(denoiser, passes, bf16=self.bf16)
-
-    def way(self, steps: int) -> Way:
-        """How what lies between convolutions is computed in chains of so many steps."""
-        wanted = steps >= LONG if self.compiled is None else self.compiled
-        return self.passes.choose(compiled=wanted and self.bf16)
+    def prepare(self, settings: Sampling) -> list[int]:
+        """The times of a chain, falling; what lies between convolutions is computed from now on as
+        suits so many."""
+        times = self.model.config.process.timesteps(settings.steps, settings.spacing)
+        if settings.sampler == "one-step":
+            times = [times[0], 0]
+        wanted = len(times) > LONG if self.compiled is None else self.compiled
+        self.passes.choose(compiled=wanted and self.bf16)
+        return times
 
     def settings(
         self, sampler: str | None = None, steps: int | tuple[int, ...] | None = None
@@ -104,23 +105,32 @@ class Engine:
         values["sampling"] |= {key: value for key, value in wanted.items() if value is not None}
         return Config.parse(values, f"model {config.name}").sampling
 
-    def footprint(self, size: Sequence[int]) -> Footprint:
-        """What a chain takes for one image of so many voxels along X, Y, Z."""
+    def footprint(self, size: Sequence[int], *, bf16: bool | None = None) -> Footprint:
+        """What a chain takes for one image of so many voxels along X, Y, Z.
+
+        Args:
+            bf16: in that precision, instead of the one that it runs in.
+        """
         config = self.model.config
         transform = config.transform
 
         def build() -> nn.Module:
-            return self._ready(build_denoiser(config), self.passes.outline()).backbone
+            plain = build_denoiser(config)
+            if self.reference:
+                return plain.backbone
+            half = self.bf16 if bf16 is None else bf16
+            return accelerated(plain, self.passes.outline(), bf16=half).backbone
 
         shape = (1, config.in_channels, *(n // transform.factor for n in size))
         return footprint(build, shape, channels=transform.channels, device=self.device)
 
-    def peak(self, size: Sequence[int]) -> int:
-        """About how many bytes this process, or the GPU, will hold at most during such a chain."""
+    def peak(self, size: Sequence[int], *, bf16: bool | None = None) -> int:
+        """About how many bytes this process, or the GPU, will hold at most during such a chain;
+        as `footprint`."""
         held = resident("VmRSS") + _LIBRARIES
         if self.device.type == "cuda":
             held = torch.cuda.memory_allocated(self.device)
-        needed = self.footprint(size)
+        needed = self.footprint(size, bf16=bf16)
         return held + needed.network + needed.sampler
 
     @torch.inference_mode()
@@ -166,10 +176,7 @@ class Engine:
             estimate = self.denoiser.x_0(output, x_t, times, cond)
             return config.transform.clamp(estimate, low, high) if settings.clamp else estimate
 
-        times = config.process.timesteps(settings.steps, settings.spacing)
-        if settings.sampler == "one-step":
-            times = [times[0], 0]
-        self.way(len(times) - 1)
+        times = self.prepare(settings)
         chain = SAMPLERS[settings.sampler]
         if settings.sampler == "ddim":
             chain = partial(ddim, eta=settings.eta)

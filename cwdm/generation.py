@@ -92,8 +92,8 @@ class Generator:
                 f"{model.path}: normalization {config.images.normalization!r} does not tell the "
                 "background from the brain, expected published, published-wdm or hounsfield"
             )
-        self.model = model
         self.engine = Engine(model, device=device, precision=precision)
+        self.model = self.engine.model
 
     @classmethod
     def load(
@@ -156,6 +156,7 @@ class Generator:
             sampler=settings.sampler,
             steps=settings.steps,
             precision="bf16" if engine.bf16 else "fp32",
+            passes=engine.passes.way,
             device=str(engine.device),
             compat=compat,
             normalization=config.images.normalization,

@@ -99,6 +99,8 @@ class Provenance(Record):
     sampler: str
     steps: int | tuple[int, ...]
     precision: str
+    passes: str = "torch"
+    """How what lies between convolutions was computed: "kernels", "compiled" or "torch"."""
     device: str
     compat: bool
     """Whether the published scripts were imitated."""
@@ -198,6 +200,8 @@ class SampleProvenance(Record):
     sampler: str
     steps: int | tuple[int, ...]
     precision: str
+    passes: str = "torch"
+    """How what lies between convolutions was computed: "kernels", "compiled" or "torch"."""
     device: str
     compat: bool
     """Whether the published script was imitated."""

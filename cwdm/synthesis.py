@@ -101,8 +101,8 @@ class Synthesizer:
                 f"{model.path}: {config.name} is given no other sequences of a case (conditioning "
                 f"= '{config.conditioning}'), expected a model for cwdm synthesize"
             )
-        self.model = model
         self.engine = Engine(model, device=device, precision=precision)
+        self.model = self.engine.model
 
     @classmethod
     def load(
@@ -177,6 +177,7 @@ class Synthesizer:
             {m: image[None, None].to(engine.device) for m, image in prepared.images.items()}
         )
         if announce:
+            engine.prepare(settings)
             announce([n * config.transform.factor for n in cond.shape[2:]])
         stream = published.noise_stream if compat else noise_stream
         like = volumes[sources[0]]
@@ -234,6 +235,7 @@ class Synthesizer:
             sampler=settings.sampler,
             steps=settings.steps,
             precision="bf16" if engine.bf16 else "fp32",
+            passes=engine.passes.way,
             device=str(engine.device),
             compat=compat,
             normalization="published" if compat else config.images.normalization,

@@ -265,9 +265,9 @@ def test_a_network_is_recorded_at_the_second_call_of_a_size(
     calls: list[int] = []
 
     class Counting(FastUNet):
-        def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
+        def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
             calls.append(x.shape[2])
-            return super().forward(x, *rest)
+            return super().forward(x, t, label)
 
     replayed = Replayed(Counting(network(SMALL)))
     x, t = inputs(SMALL, 1)
@@ -289,7 +289,7 @@ def test_a_network_is_recorded_at_the_second_call_of_a_size(
 def test_an_engine_keeps_one_network() -> None:
     """In half precision the weights it was given are let go."""
     model = load_model(default_model(Modality.T2F))
-    conv = weakref.ref(model.denoiser.backbone.input_blocks[0][0].weight)
+    (conv,) = map(weakref.ref, [next(model.denoiser.backbone.input_blocks.parameters())])  # type: ignore[union-attr]
     engine = Engine(model, device="cpu", precision="bf16")
     del model
     gc.collect()
