@@ -3,9 +3,9 @@
     python benchmarks/cohort.py CASES [--cases 20] [--workers 1] [--model FILE]
 
 Complete cases are copied until there are enough, each without one sequence, and completed by
-`cwdm impute` in a process of its own. Every second its CPU time and the memory of the largest of its
-processes are read: printed are the share of the cores that worked, from the first case that was
-done to the last, and that memory after each quarter of the cases.
+`cwdm impute` in a process of its own. Every second its CPU time and the memory of the largest of
+its processes are read: printed are the share of the cores that worked, from the first case that
+was done to the last, and that memory after each quarter of the cases.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -26,10 +27,8 @@ def tree(pid: int) -> list[int]:
     """A process and all below it."""
     found = [pid]
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
+        with suppress(FileNotFoundError):
             found += [each for child in task.read_text().split() for each in tree(int(child))]
-        except FileNotFoundError:
-            pass
     return found
 
 
@@ -37,12 +36,10 @@ def used(pid: int) -> tuple[float, int]:
     """CPU seconds of a process with all that it started, and bytes of the largest of them now."""
     seconds, largest = 0.0, 0
     for each in tree(pid):
-        try:
+        with suppress(FileNotFoundError):
             fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
             seconds += sum(map(int, fields[11:15])) / 100
             largest = max(largest, int(fields[21]) * 4096)
-        except FileNotFoundError:
-            pass
     return seconds, largest
 
 

@@ -8,7 +8,6 @@
   as it is added: the repeated image never exists.
 - What the time embedding adds to a convolution's output is part of its bias; what it does to the
   output of a normalization is part of that one's weight and bias.
-- Averaging is a convolution of each channel by itself.
 - With `passes.Passes`, normalization and SiLU are one pass after a pass for the statistics, in
   place where the input is not needed any more; biases of convolutions are left to what follows.
 
@@ -16,7 +15,6 @@ Weights of convolutions and features are kept in the precision that is computed 
 normalizations, embeddings and attention are float32.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -135,7 +133,7 @@ class FastUNet(nn.Module):
         return result.to(torch.float32, memory_format=torch.contiguous_format)
 
     def _joined(self, one: Tensor, other: Tensor) -> Tensor:
-        if not self.how.passes.pay:
+        if not self.how.passes.fused:
             return torch.cat([one, other], dim=1)
         return _image(self.how.passes.joined(rows(one), rows(other)), one.shape[2:])
 
@@ -220,7 +218,7 @@ class _Convolution(nn.Module):
             shift: (out,) more bias.
         """
         bias = self.bias if shift is None else self.bias + shift
-        now, later = (None, bias) if self.how.passes.pay else (bias.to(x.dtype), None)
+        now, later = (None, bias) if self.how.passes.fused else (bias.to(x.dtype), None)
         if self._is_packed(x):
             h: Tensor = torch.ops.mkldnn._convolution_pointwise(
                 x, self.weight, now, self.padding, self.stride, [1] * 3, 1, "none", [], ""
@@ -267,7 +265,7 @@ class _NormSiLU(nn.Module):
             scale, shift = told
             weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
         groups, eps = self.norm.num_groups, self.norm.eps
-        if not self.how.passes.pay:
+        if not self.how.passes.pay(x.dtype):
             if x.device.type != "cpu":  # which alone takes weights of another precision than x's
                 weight, bias = weight.to(x.dtype), bias.to(x.dtype)
             return F.silu(F.group_norm(x, groups, weight, bias, eps), inplace=True)
@@ -327,8 +325,8 @@ class _Block(nn.Module):
         return h
 
     def _averaged(self, x: Tensor) -> Tensor:
-        if not self.how.passes.pay or max(self.factors) == 1:
-            return _averaged(x, self.factors)
+        if max(self.factors) == 1:
+            return x
         flat = self.how.passes.averaged(rows(x), x.shape[2:], self.factors)
         size = [n // factor for n, factor in zip(x.shape[2:], self.factors, strict=True)]
         return _image(flat, size)
@@ -384,14 +382,6 @@ def _stage(stage: nn.Module, how: _How, *, spent: bool = False) -> Stage:
             conv = layer.op if isinstance(layer, Downsample) else layer
             made.append(_Resampling(_Convolution(conv, how)))
     return Stage(made)
-
-
-def _averaged(x: Tensor, factors: Sequence[int]) -> Tensor:
-    """Means over so many voxels, as a convolution: quicker than pooling, and there in bfloat16."""
-    if max(factors) == 1:
-        return x
-    share = x.new_full((x.shape[1], 1, *factors), 1 / math.prod(factors))
-    return F.conv3d(x, share, stride=tuple(factors), groups=x.shape[1])
 
 
 def _repeats(x: Tensor, factors: Sequence[int]) -> Tensor:

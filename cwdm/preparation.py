@@ -5,6 +5,7 @@ pad to a size the network can halve often enough. Backward: the same steps inver
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -163,21 +164,25 @@ def prepare(volumes: Mapping[Modality, Volume], settings: Images, *, multiple: i
         multiple: every axis of the images is a multiple of this.
     """
     normalization = NORMALIZATIONS[settings.normalization]
-    masks = {modality: inside(volume, normalization) for modality, volume in volumes.items()}
-    mask = majority(list(masks.values()))
-    frame = Frame.of(mask, next(iter(volumes.values())).affine, settings, multiple)
-    images, scales = {}, {}
-    for modality, volume in volumes.items():
-        scales[modality] = normalization.measure(volume.voxels, masks[modality])
-        image = normalization.normalize(volume.voxels, masks[modality], scales[modality])
-        images[modality] = frame.to_network(frame.box.crop(image, normalization.background))
-    return Prepared(images, scales, mask, frame)
+    with ThreadPoolExecutor() as threads:
+        masks = list(threads.map(lambda volume: inside(volume, normalization), volumes.values()))
+        mask = majority(masks)
+        frame = Frame.of(mask, next(iter(volumes.values())).affine, settings, multiple)
+
+        def one(volume: Volume, own: NDArray[np.bool_]) -> tuple[Tensor, Scale]:
+            scale = normalization.measure(volume.voxels, own)
+            within = frame.box.crop(volume.voxels), frame.box.crop(own)
+            return frame.to_network(normalization.normalize(*within, scale)), scale
+
+        images, scales = zip(*threads.map(one, volumes.values(), masks), strict=True)
+    of_each = dict(zip(volumes, images, strict=True)), dict(zip(volumes, scales, strict=True))
+    return Prepared(*of_each, mask, frame)
 
 
 def majority(masks: Sequence[NDArray[np.bool_]]) -> NDArray[np.bool_]:
     """(X, Y, Z): where at least half of the masks have it, or any of them if that is nowhere."""
-    votes: NDArray[np.int64] = np.stack(masks).sum(axis=0)
-    mask = np.greater_equal(2 * votes, len(masks))
+    votes: NDArray[np.uint8] = np.sum(masks, axis=0, dtype=np.uint8)
+    mask = np.greater_equal(votes, (len(masks) + 1) // 2)
     return mask if mask.any() else np.greater(votes, 0)
 
 

@@ -10,6 +10,7 @@ import gzip
 import math
 import zlib
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,14 +135,16 @@ def read_volumes(case: Case, modalities: Iterable[Modality]) -> dict[Modality, V
     Raises:
         InputError: as `read_volume`; a modality that the case lacks; or two grids.
     """
-    volumes: dict[Modality, Volume] = {}
+    modalities = list(modalities)
     for modality in modalities:
         if modality not in case.images:
             present = ", ".join(case.images) or "none"
             raise InputError(f"case {case.id}: no image of {modality}, found {present}")
-        volumes[modality] = read_volume(case.images[modality])
-        _check_same_grid(next(iter(volumes.values())), volumes[modality])
-    return volumes
+    with ThreadPoolExecutor() as threads:
+        read = list(threads.map(read_volume, (case.images[m] for m in modalities)))
+    for volume in read[1:]:
+        _check_same_grid(read[0], volume)
+    return dict(zip(modalities, read, strict=True))
 
 
 def write_volume(

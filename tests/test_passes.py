@@ -142,7 +142,7 @@ def test_without_a_compiler_there_is_a_way(
     with caplog.at_level("INFO"):
         passes = Passes("cpu")
         assert passes.choose(compiled=True) == "torch"
-    assert not passes.pay
+    assert not passes.pay(torch.bfloat16)
     assert caplog.messages == ["without compiled loops: No working C++ compiler found"]
 
 
