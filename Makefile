@@ -26,7 +26,7 @@ demo: $(INSTALLED)  ## synthesize the missing FLAIR of a simulated case and draw
 	@$(BIN)/python examples/demo.py
 
 test: $(INSTALLED) $(BROWSER)  ## run all tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(INSTALLED)  ## style and types
 	$(BIN)/ruff check

@@ -45,6 +45,13 @@ BUSY = 0.5
 @options.device
 @options.precision
 @click.option(
+    "--compile/--no-compile",
+    "compiled",
+    default=None,
+    help="Compile what lies between convolutions, and the network that is trained. "
+    "[default: the first, for a chain of many steps on a processor]",
+)
+@click.option(
     "--threads", type=click.IntRange(min=1), help="Of the processor. [default: torch's own]"
 )
 @click.option(
@@ -71,6 +78,7 @@ def bench(
     reference: bool,
     device: str,
     precision: str,
+    compiled: bool | None,
     threads: int | None,
     repeats: int,
     output: Path | None,
@@ -108,6 +116,7 @@ def bench(
         steps=steps,
         device=device,
         precision=precision,  # type: ignore[arg-type]
+        compiled=compiled,
         threads=threads or 0,
         repeats=repeats,
         reference=reference,

@@ -203,7 +203,9 @@ class _Convolution(nn.Module):
         self.how = how
         weight = conv.weight.detach()
         self.stride, self.padding = tuple(conv.stride), conv.padding
-        self.packable = torch.backends.mkldnn.is_available()
+        self.packable = torch.backends.mkldnn.is_available() and hasattr(
+            torch.ops.mkldnn, "_convolution_pointwise"
+        )
         if max(repeat) > 1:
             weight, self.function = transposed(weight, repeat), F.conv_transpose3d
             self.stride, self.packable = tuple(repeat), False

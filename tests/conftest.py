@@ -20,6 +20,12 @@ from cwdm.model import build_denoiser, save_model
 from cwdm.simulate import simulate, write_case
 from cwdm.unet import UNet, UNetConfig
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # several workers share the cores out, as do the programs that they start
+    threads = max(1, (os.cpu_count() or 1) // int(workers))
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels are interpreted: read when Triton is imported
 

@@ -115,6 +115,15 @@ def test_every_case_is_done_and_then_left_alone(cohort: Path, output: Path) -> N
     assert not list((output / ".cwdm/copy/outcomes").glob("*"))
 
 
+def test_what_a_killed_run_had_begun_to_write_is_cleared_away(cohort: Path, output: Path) -> None:
+    copy(cohort, output)
+    places = (output, output / ".cwdm", output / ".cwdm/copy", output / ".cwdm/copy/outcomes")
+    for place in places:
+        (place / ".cwdm-0123456789abcdef").touch()
+    assert states(cohort, output) == {"unchanged": 6}
+    assert not [path for path in output.rglob("*") if path.name.startswith(".cwdm-")]
+
+
 def test_what_changed_is_done_again(cohort: Path, output: Path) -> None:
     copy(cohort, output)
     (cohort / "c0/c0-t1n.nii.gz").write_text("new")  # another content
