@@ -139,7 +139,7 @@ class FastUNet(nn.Module):
 
 
 class _How(NamedTuple):
-    """The network computes."""
+    """A network computes like this."""
 
     dtype: torch.dtype
     passes: Passes
@@ -156,25 +156,33 @@ class Replayed(nn.Module):
         super().__init__()
         self.network, self.dtype = network, network.dtype
         self._shape: torch.Size | None = None
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._recording: _Recording | None = None
 
     def forward(self, *given: Tensor) -> Tensor:
         """As the network's."""
-        shape = given[0].shape
-        if shape != self._shape:
-            self._shape, self._graph = shape, None
+        if (shape := given[0].shape) != self._shape:
+            self._shape, self._recording = shape, None
             result: Tensor = self.network(*given)
             return result
-        if self._graph is None:
-            self._given = [tensor.clone() for tensor in given]
+        if self._recording is None:
             torch.cuda.empty_cache()  # a graph has memory of its own
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._result: Tensor = self.network(*self._given)
-        for mine, tensor in zip(self._given, given, strict=True):
+            inputs, graph = tuple(tensor.clone() for tensor in given), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                output = self.network(*inputs)
+            self._recording = _Recording(graph, inputs, output)
+        graph, inputs, output = self._recording
+        for mine, tensor in zip(inputs, given, strict=True):
             mine.copy_(tensor)
-        self._graph.replay()
-        return self._result.clone()
+        graph.replay()
+        return output.clone()
+
+
+class _Recording(NamedTuple):
+    """Replaying the graph makes the output from the inputs, which stay where they are."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]
+    output: Tensor
 
 
 class _Autocast(nn.Module):

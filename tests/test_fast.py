@@ -278,8 +278,9 @@ def test_a_network_is_recorded_at_the_second_call_of_a_size(
         assert calls == [8, 8]  # recorded
         other = replayed(x + 1, t)
         assert calls == [8, 8]  # replayed, with what was given now
-        assert torch.equal(replayed._given[0], x + 1)
-        assert other is not replayed._result  # which the next call overwrites
+        assert replayed._recording is not None
+        assert torch.equal(replayed._recording.inputs[0], x + 1)
+        assert other is not replayed._recording.output  # which the next call overwrites
         replayed(x[:, :, :4], t)
         assert calls == [8, 8, 4]
         replayed(x, t)
