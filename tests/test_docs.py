@@ -263,7 +263,8 @@ def options(name: str) -> set[str]:
     assert command is not None
     below = command.commands.values() if isinstance(command, click.Group) else ()
     parameters = [parameter for each in (command, *below) for parameter in each.params]
-    return {word for parameter in parameters for word in parameter.opts if word[:2] == "--"}
+    words = (word for each in parameters for word in (*each.opts, *each.secondary_opts))
+    return {word for word in words if word[:2] == "--"}
 
 
 def test_every_name_of_a_modality_is_in_the_guide() -> None:

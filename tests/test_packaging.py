@@ -160,7 +160,8 @@ def test_the_editable_install_sees_new_files(source: Path, environment: Path) ->
 
 
 def test_every_pin_allows_what_the_project_asks_for() -> None:
-    """`constraints.txt` names every direct dependency, each with an exact version."""
+    """`constraints.txt` names every direct dependency, each with an exact version; but for Triton,
+    which torch with CUDA pins itself."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -172,6 +173,8 @@ def test_every_pin_allows_what_the_project_asks_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
     for requirement in map(Requirement, wanted):
+        if requirement.name == "triton":
+            continue
         pin = pins[canonicalize_name(requirement.name)]
         (exact,) = pin.specifier
         assert exact.operator == "=="

@@ -368,14 +368,14 @@ def test_a_run_is_saved_before_it_is_validated(make_case, balls, cached, tmp_pat
 
 
 def test_the_best_validation_is_the_best_also_after_one_that_failed():
-    state = _State.fresh(PLAIN, torch.device("cpu"), torch.float32, ema=0.0)
+    state = _State.fresh(PLAIN, torch.device("cpu"), torch.float32, compiled=False, ema=0.0)
     records = [
         {"scores": [{"psnr": value}], "held_out": None, "fitted": [0.1]}
         for value in (20.0, float("nan"), 25.0, 24.0, 30.0)
     ]
     assert [state.improved(record) for record in records] == [True, False, True, False, True]
     error = {"scores": [], "held_out": [0.3], "fitted": [0.1]}
-    fresh = _State.fresh(PLAIN, torch.device("cpu"), torch.float32, ema=0.0)
+    fresh = _State.fresh(PLAIN, torch.device("cpu"), torch.float32, compiled=False, ema=0.0)
     better = {**error, "held_out": [0.2]}
     assert [fresh.improved(record) for record in (error, better, error)] == [True, True, False]
 
