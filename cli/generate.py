@@ -56,6 +56,7 @@ ROWS = 8
 @options.seed
 @options.device
 @options.precision
+@options.memory_limit
 @click.option(
     "--compat",
     type=click.Choice(["published"]),
@@ -75,6 +76,7 @@ def generate(
     seed: int,
     device: str,
     precision: str,
+    memory_limit: int | None,
     compat: str | None,
     overwrite: bool,
 ) -> None:
@@ -95,7 +97,13 @@ def generate(
 
     from .memory import memory_line
 
-    generator = Generator.load(model, preset=preset, device=device, precision=precision)  # type: ignore[arg-type]
+    generator = Generator.load(
+        model,
+        preset=preset,
+        device=device,
+        precision=precision,  # type: ignore[arg-type]
+        memory_limit=memory_limit,
+    )
     wanted = {
         "seed": seed,
         "size": size,
@@ -112,6 +120,7 @@ def generate(
     if done := len(plans) - len(todo):
         click.echo(f"note: {done} of {count} samples are there already", err=True)
     if todo:
+        generator.engine.fit(todo[0].size)
         click.echo(memory_line(generator.engine, todo[0].size), err=True)
     warnings: dict[str, None] = {}
     with tqdm(total=len(todo), unit="step", disable=not todo) as bar:

@@ -50,6 +50,7 @@ from . import options
 @click.option("--dry-run", is_flag=True, help="Only show what there is to do.")
 @options.device
 @options.precision
+@options.memory_limit
 @shared.placement
 @click.pass_context
 def impute(
@@ -67,6 +68,7 @@ def impute(
     dry_run: bool,
     device: str,
     precision: str,
+    memory_limit: int | None,
     executor: str,
     workers: int | None,
     address: str | None,
@@ -101,6 +103,7 @@ def impute(
         steps=steps,
         sampler=sampler,
         precision=precision,  # type: ignore[arg-type]
+        memory_limit=memory_limit,
         copy=copy,
     )
     if dry_run:

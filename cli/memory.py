@@ -14,20 +14,22 @@ if TYPE_CHECKING:
 
 def memory_line(engine: Engine, size: Sequence[int]) -> str:
     """What a chain for an image of so many voxels will take, and what there is."""
+    from cwdm.engine import gigabytes
+
     where, there = _machine(engine.device)
     arithmetic = "bf16" if engine.bf16 else "fp32"
     needed = engine.peak(size)
     line = (
-        f"memory: about {_gb(needed)} for {'x'.join(map(str, size))} voxels in "
-        f"{arithmetic}; {where} has {_gb(there)}"
+        f"memory: about {gigabytes(needed)} for {'x'.join(map(str, size))} voxels in "
+        f"{arithmetic}; {where} has {gigabytes(there)}"
     )
-    if needed > there and not engine.bf16 and (half := engine.peak(size, bf16=True)) < there:
-        line += f": too little, but --precision bf16 takes about {_gb(half)}"
+    if needed <= there:
+        return line
+    if not engine.streamed:
+        line += ": too little, but --memory-limit keeps it to a few planes at a time"
+    elif not engine.bf16 and (half := engine.peak(size, bf16=True)) < there:
+        line += f": too little, but --precision bf16 takes about {gigabytes(half)}"
     return line
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.{2 if size < 1e9 else 1 if size < 1e10 else 0}f} GB"
 
 
 def _machine(device: torch.device) -> tuple[str, int]:

@@ -30,6 +30,26 @@ precision = click.option(
     help="Arithmetic of the network; auto takes bf16 where the hardware is fast at it.",
 )
 
+_UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
+
+
+def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    found = re.fullmatch(rf"(\d+\.?\d*) ?({'|'.join(_UNITS)})", value)
+    if not found:
+        raise click.BadParameter(f"{value!r} is no amount, expected 1.5GB or 900MB", ctx, param)
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+memory_limit = click.option(
+    "--memory-limit",
+    callback=_bytes,
+    metavar="AMOUNT",
+    help="Of the process, or the GPU, as 6GB. A GPU then works on a few planes of an image at a "
+    "time if all of it does not fit; what fits in no way is refused.",
+)
+
 seed = click.option(
     "--seed",
     type=click.IntRange(0, 2**63 - 1),

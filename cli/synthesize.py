@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 @options.seed
 @options.device
 @options.precision
+@options.memory_limit
 @click.option(
     "--compat",
     type=click.Choice(["published"]),
@@ -73,6 +74,7 @@ def synthesize(
     seed: int,
     device: str,
     precision: str,
+    memory_limit: int | None,
     compat: str | None,
     overwrite: bool,
     preview: bool,
@@ -115,6 +117,7 @@ def synthesize(
             preset=preset,
             device=device,
             precision=precision,  # type: ignore[arg-type]
+            memory_limit=memory_limit,
         )
         with tqdm(desc=f"{case.id} {target}", unit="step") as bar:
 

@@ -54,12 +54,15 @@ class Denoiser(nn.Module):
             cond: what ``conditioning.condition`` made, or None without conditions.
             label: (B,) number of the target, for a network with classes.
         """
-        dtype = getattr(self.backbone, "dtype", x_t.dtype)  # what it would make of them anyway
-        inputs = x_t if cond is None else torch.cat([x_t.to(dtype), cond.to(dtype)], dim=1)
+        parts = [x_t] if cond is None else [x_t, cond]
         time = self.process.network_time(t)
-        output: Tensor = (
-            self.backbone(inputs, time) if label is None else self.backbone(inputs, time, label)
-        )
+        labels = () if label is None else (label,)
+        if joining := getattr(self.backbone, "joining", None):  # in as little memory as it can
+            output: Tensor = joining(parts, time, *labels)
+            return output
+        dtype = getattr(self.backbone, "dtype", x_t.dtype)  # what it would make of them anyway
+        inputs = x_t if cond is None else torch.cat([part.to(dtype) for part in parts], dim=1)
+        output = self.backbone(inputs, time, *labels)
         return output
 
     def start(self, noise: Tensor, cond: Tensor | None = None) -> Tensor:

@@ -6,6 +6,7 @@ What synthesis and generation share. It knows tensors, not cases.
 import resource
 import threading
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cwdm.config import Config, Sampling
+from cwdm.denoiser import Denoiser
 from cwdm.errors import InputError
 from cwdm.fast import FastUNet, Replayed, accelerated
 from cwdm.intensity import NORMALIZATIONS
@@ -31,6 +33,7 @@ __all__ = [
     "Progress",
     "choose_bf16",
     "choose_device",
+    "gigabytes",
     "resident",
 ]
 
@@ -56,6 +59,7 @@ class Engine:
         compiled: on a processor, compile what lies between convolutions (see `passes`); by default
             for chains of `LONG` steps or more.
         reference: compute the network plainly, as published, in float32: to compare with.
+        memory_limit: bytes that a chain may take, see `fit`.
     """
 
     def __init__(
@@ -66,19 +70,49 @@ class Engine:
         precision: Precision = "auto",
         compiled: bool | None = None,
         reference: bool = False,
+        memory_limit: int | None = None,
     ):
-        self.reference = reference
+        self.reference, self.memory_limit = reference, memory_limit
         self.device = choose_device(device)
         self.bf16 = not reference and choose_bf16(precision, self.device)
         self.passes = Passes(self.device)
         self.compiled = compiled
-        denoiser = model.denoiser
-        if not reference:
-            denoiser = accelerated(denoiser, self.passes, bf16=self.bf16)
+        self.streamed = self.device.type == "cpu"
+        limited = memory_limit is not None and not reference and not self.streamed
+        self._spare = deepcopy(model.denoiser) if limited else None
+        self.model = replace(model, denoiser=self._installed(model.denoiser))
+
+    def _installed(self, denoiser: Denoiser) -> Denoiser:
+        if not self.reference:
+            denoiser = accelerated(denoiser, self.passes, bf16=self.bf16, streamed=self.streamed)
         self.denoiser = denoiser.to(self.device)
         if self.device.type == "cuda" and isinstance(self.denoiser.backbone, FastUNet):
             self.denoiser.backbone = Replayed(self.denoiser.backbone)
-        self.model = replace(model, denoiser=self.denoiser)
+        return self.denoiser
+
+    def fit(self, size: Sequence[int]) -> None:
+        """Keep to the limit of memory with images of so many voxels.
+
+        On a GPU a network whose features would take more works a few planes at a time from now
+        on; on a processor it always does.
+
+        Raises:
+            InputError: even that takes more.
+        """
+        limit = self.memory_limit
+        if limit is None or (needed := self.peak(size)) <= limit:
+            return
+        if self._spare is not None:
+            spare, self._spare, self.streamed = self._spare, None, True
+            self.model = replace(self.model, denoiser=self._installed(spare))
+            self.fit(size)
+            return
+        half = limit if self.bf16 or self.reference else self.peak(size, bf16=True)
+        better = "--precision bf16" if half < limit else f"a limit of {gigabytes(needed)}"
+        raise InputError(
+            f"{self.model.config.name}: {'x'.join(map(str, size))} voxels take about "
+            f"{gigabytes(needed)}, found a limit of {gigabytes(limit)}, expected {better}"
+        )
 
     def prepare(self, settings: Sampling) -> list[int]:
         """The times of a chain, falling; what lies between convolutions is computed from now on as
@@ -119,7 +153,8 @@ class Engine:
             if self.reference:
                 return plain.backbone
             half = self.bf16 if bf16 is None else bf16
-            return accelerated(plain, self.passes.outline(), bf16=half).backbone
+            outline = self.passes.outline()
+            return accelerated(plain, outline, bf16=half, streamed=self.streamed).backbone
 
         shape = (1, config.in_channels, *(n // transform.factor for n in size))
         return footprint(build, shape, channels=transform.channels, device=self.device)
@@ -213,6 +248,11 @@ def choose_bf16(precision: Precision, device: torch.device) -> bool:
     if about.get("amx_bf16"):
         return True
     return bool(about.get("avx512_bf16")) and "Intel" not in about.get("cpu_name", "")
+
+
+def gigabytes(size: int) -> str:
+    """Bytes as a person reads them."""
+    return f"{size / 1e9:.{2 if size < 1e9 else 1 if size < 1e10 else 0}f} GB"
 
 
 def resident(figure: str) -> int:

@@ -1,6 +1,7 @@
 """The same networks for inference, with fewer operations and fewer bytes.
 
-`FastUNet` computes what its `unet.UNet` computes, by exact algebra:
+On a processor it is `streamed`. `FastUNet` is for a GPU, where all of an image is worked on at a
+time. Both compute what their `unet.UNet` computes, by exact algebra:
 
 - Repeating voxels twice along each axis and convolving with 3 x 3 x 3 taps is a transposed
   convolution with 4 x 4 x 4 taps and stride 2: 64 multiplications for 8 voxels instead of 216.
@@ -8,8 +9,7 @@
   as it is added: the repeated image never exists.
 - What the time embedding adds to a convolution's output is part of its bias; what it does to the
   output of a normalization is part of that one's weight and bias.
-- With `passes.Passes`, normalization and SiLU are one pass after a pass for the statistics, in
-  place where the input is not needed any more; biases of convolutions are left to what follows.
+- Normalization and SiLU are one pass (`passes`), in place where the input is not needed any more.
 
 Weights of convolutions and features are kept in the precision that is computed in; statistics of
 normalizations, embeddings and attention are float32.
@@ -21,10 +21,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from cwdm.denoiser import Denoiser
 from cwdm.passes import Passes, rows
+from cwdm.streamed import StreamedUNet, transposed
 from cwdm.unet import (
     Attention,
     Downsample,
@@ -35,22 +35,30 @@ from cwdm.unet import (
     timestep_embedding,
 )
 
-__all__ = ["FastUNet", "Replayed", "accelerated", "transposed"]
+__all__ = ["FastUNet", "Replayed", "accelerated"]
 
 _ORDER = torch.channels_last_3d
-"""Of features in memory: what convolutions on a GPU or in half precision want. In float32 on a
-processor it spares them rearranging what comes in and goes out."""
+"""Of features in memory: what convolutions in half precision want."""
 
 
-def accelerated(denoiser: Denoiser, passes: Passes, *, bf16: bool) -> Denoiser:
-    """The same denoiser for inference, the fast way.
+def accelerated(
+    denoiser: Denoiser, passes: Passes, *, bf16: bool, streamed: bool = False
+) -> Denoiser:
+    """The same denoiser for inference, the fast way for the device of the passes.
 
     The given one is used up: they share what they can.
+
+    Args:
+        streamed: in little memory, on a GPU as well.
     """
     network = denoiser.backbone
     if isinstance(network, UNet):
         dtype = torch.bfloat16 if bf16 else torch.float32
-        backbone: nn.Module = FastUNet(network, dtype, passes)
+        backbone: nn.Module
+        if streamed or passes.device.type == "cpu":
+            backbone = StreamedUNet(network, dtype, passes)
+        else:
+            backbone = FastUNet(network, dtype, passes)
     elif bf16:
         backbone = _Autocast(network)
     else:
@@ -64,30 +72,13 @@ def accelerated(denoiser: Denoiser, passes: Passes, *, bf16: bool) -> Denoiser:
     )
 
 
-def transposed(weight: Tensor, factors: Sequence[int]) -> Tensor:
-    """Weight (in, out, ...) of the transposed convolution that is repetition and then convolution.
-
-    Its stride is `factors`, its padding 1. Computed in float64.
-
-    Args:
-        weight: (out, in, 3, 3, 3) of the convolution.
-        factors: how often voxels are repeated along each axis, 1 or 2.
-    """
-    weight = weight.double().transpose(0, 1).flip(2, 3, 4)
-    for axis, factor in enumerate(factors, start=2):
-        if factor == 2:  # of four taps each is the sum of the two that see the same voxel
-            zero = torch.zeros_like(weight.narrow(axis, 0, 1))
-            weight = torch.cat([weight, zero], axis) + torch.cat([zero, weight], axis)
-    return weight
-
-
 class FastUNet(nn.Module):
     """Called like the network it is made of, without gradients.
 
     Args:
         unet: whose weights it takes as they are now.
         dtype: in which features are kept and convolutions computed, and inputs best come.
-        passes: what lies between convolutions where they pay; else it is torch's own normalization.
+        passes: what lies between convolutions.
     """
 
     def __init__(
@@ -133,8 +124,6 @@ class FastUNet(nn.Module):
         return result.to(torch.float32, memory_format=torch.contiguous_format)
 
     def _joined(self, one: Tensor, other: Tensor) -> Tensor:
-        if not self.how.passes.fused:
-            return torch.cat([one, other], dim=1)
         return _image(self.how.passes.joined(rows(one), rows(other)), one.shape[2:])
 
 
@@ -211,40 +200,22 @@ class _Convolution(nn.Module):
         self.how = how
         weight = conv.weight.detach()
         self.stride, self.padding = tuple(conv.stride), conv.padding
-        self.packable = torch.backends.mkldnn.is_available() and hasattr(
-            torch.ops.mkldnn, "_convolution_pointwise"
-        )
         if max(repeat) > 1:
             weight, self.function = transposed(weight, repeat), F.conv_transpose3d
-            self.stride, self.packable = tuple(repeat), False
+            self.stride = tuple(repeat)
         weight = weight.to(how.dtype).contiguous(memory_format=_ORDER)
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", conv.bias.detach(), persistent=False)
 
-    def forward(self, x: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Of x (1, in, ...), and the bias (out,) that is left to the pass that follows, if any.
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Of x (1, in, ...) without its bias, and that (out,), for the pass that follows.
 
         Args:
             shift: (out,) more bias.
         """
         bias = self.bias if shift is None else self.bias + shift
-        now, later = (None, bias) if self.how.passes.fused else (bias.to(x.dtype), None)
-        if self._is_packed(x):
-            h: Tensor = torch.ops.mkldnn._convolution_pointwise(
-                x, self.weight, now, self.padding, self.stride, [1] * 3, 1, "none", [], ""
-            )
-        else:
-            h = self.function(x, self.weight, now, stride=self.stride, padding=self.padding)
-        return h.contiguous(memory_format=_ORDER), later
-
-    def _is_packed(self, x: Tensor) -> bool:
-        """Whether the weight is as oneDNN wants it, so that it need not be at every call."""
-        if self.packable and x.device.type == "cpu" and not isinstance(x, FakeTensor):
-            self.packable = False
-            self.weight = torch.ops.aten.mkldnn_reorder_conv3d_weight(
-                self.weight.contiguous().to_mkldnn(), self.padding, self.stride, [1] * 3, 1, x.shape
-            )
-        return self.weight.is_mkldnn
+        h = self.function(x, self.weight, None, stride=self.stride, padding=self.padding)
+        return h.contiguous(memory_format=_ORDER), bias
 
 
 class _NormSiLU(nn.Module):
@@ -274,14 +245,10 @@ class _NormSiLU(nn.Module):
         if told is not None:
             scale, shift = told
             weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
+        weight, bias = weight.detach(), bias.detach()
         groups, eps = self.norm.num_groups, self.norm.eps
-        if not self.how.passes.pay(x.dtype):
-            if x.device.type != "cpu":  # which alone takes weights of another precision than x's
-                weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-            return F.silu(F.group_norm(x, groups, weight, bias, eps), inplace=True)
         flat = rows(x)
         offset = torch.zeros_like(bias) if offset is None else offset
-        weight, bias = weight.detach(), bias.detach()  # parameters are compiled for each size anew
         scale, shift = self.how.passes.scaling(flat, offset, weight, bias, groups, eps)
         if spent:
             self.how.passes.activate_(flat, scale, shift)
@@ -327,11 +294,8 @@ class _Block(nn.Module):
             h = self.second_norm(h, owed, spent=True)
         h, owed = self.second(h)
         repeat = self.factors if self.grows else (1, 1, 1)
-        if owed is None:
-            _repeats(h, repeat).add_(around[:, :, :, None, :, None, :, None])
-        else:
-            owed = owed if bias is None else owed + bias
-            self.how.passes.add(rows(h), rows(around), owed, h.shape[2:], repeat)
+        owed = owed if bias is None else owed + bias
+        self.how.passes.add(rows(h), rows(around), owed, h.shape[2:], repeat)
         return h
 
     def _averaged(self, x: Tensor) -> Tensor:
@@ -353,7 +317,7 @@ class _Resampling(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h: Tensor
         h, owed = self.conv(x)
-        return h if owed is None else h.add_(owed.to(h.dtype)[:, None, None, None])
+        return h.add_(owed.to(h.dtype)[:, None, None, None])
 
 
 class _Attention(nn.Module):
@@ -392,10 +356,3 @@ def _stage(stage: nn.Module, how: _How, *, spent: bool = False) -> Stage:
             conv = layer.op if isinstance(layer, Downsample) else layer
             made.append(_Resampling(_Convolution(conv, how)))
     return Stage(made)
-
-
-def _repeats(x: Tensor, factors: Sequence[int]) -> Tensor:
-    """A view (1, C, X, fx, Y, fy, Z, fz) of x (1, C, X fx, Y fy, Z fz)."""
-    for axis, factor in zip((4, 3, 2), reversed(factors), strict=True):
-        x = x.unflatten(axis, (-1, factor))
-    return x

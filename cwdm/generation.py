@@ -79,7 +79,14 @@ class Sample:
 class Generator:
     """A model without conditions, loaded once, that makes any number of samples."""
 
-    def __init__(self, model: Model, *, device: str = "auto", precision: Precision = "auto"):
+    def __init__(
+        self,
+        model: Model,
+        *,
+        device: str = "auto",
+        precision: Precision = "auto",
+        memory_limit: int | None = None,
+    ):
         config = model.config
         if config.conditioning != "none":
             what = "other sequences" if config.conditional else config.conditioning
@@ -92,7 +99,7 @@ class Generator:
                 f"{model.path}: normalization {config.images.normalization!r} does not tell the "
                 "background from the brain, expected published, published-wdm or hounsfield"
             )
-        self.engine = Engine(model, device=device, precision=precision)
+        self.engine = Engine(model, device=device, precision=precision, memory_limit=memory_limit)
         self.model = self.engine.model
 
     @classmethod
@@ -103,17 +110,24 @@ class Generator:
         preset: str | None = None,
         device: str = "auto",
         precision: Precision = "auto",
+        memory_limit: int | None = None,
     ) -> Self:
         """With the model in a file, or one that ships with cwdm, by its name.
 
         Args:
             preset: of a published checkpoint, where its file does not tell.
+            memory_limit: bytes that a chain may take, see ``Engine.fit``.
 
         Raises:
             InputError: no such model, or one with conditions; no such device.
         """
         path = find_model(model or DEFAULT_MODEL)
-        return cls(load_model(path, preset=preset), device=device, precision=precision)
+        return cls(
+            load_model(path, preset=preset),
+            device=device,
+            precision=precision,
+            memory_limit=memory_limit,
+        )
 
     def plan(
         self,
@@ -187,7 +201,8 @@ class Generator:
                 network made them, without geometry.
 
         Raises:
-            InputError: whatever is wrong with the arguments.
+            InputError: whatever is wrong with the arguments, or it takes more than the limit of
+                memory.
         """
         began = time.perf_counter()
         config, engine = self.model.config, self.engine
@@ -200,6 +215,7 @@ class Generator:
             target=target,
             compat=compat,
         )
+        engine.fit(planned.size)
         stream = seed + number if compat else _seed(seed, number)
         image = engine.run(
             engine.settings(sampler, steps),

@@ -67,6 +67,8 @@ class Imputation:
     steps: int | tuple[int, ...] | None = None
     sampler: str | None = None
     precision: Precision = "auto"
+    memory_limit: int | None = None
+    """Bytes for each worker, see ``Engine.fit``; does not change the images."""
     copy: bool = False
     """Copy acquired images instead of linking to them."""
 
@@ -126,7 +128,12 @@ class Imputation:
     def load(self, target: Modality, device: str) -> Synthesizer:
         """The model for a modality."""
         return Synthesizer.load(
-            target, self.model, preset=self.preset, device=device, precision=self.precision
+            target,
+            self.model,
+            preset=self.preset,
+            device=device,
+            precision=self.precision,
+            memory_limit=self.memory_limit,
         )
 
     def hand_on(self, case: Case, folder: Path) -> None:

@@ -4,6 +4,8 @@ The network is run on tensors that have a shape, a device and a type but no numb
 of those alive at the same time are counted.
 """
 
+import ctypes
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from cwdm.wavelet import filters
 
-__all__ = ["Footprint", "footprint"]
+__all__ = ["Footprint", "footprint", "give_back"]
 
 _SAMPLER = 6
 """Tensors of the size of x_t that samplers keep beside the network: x_t, the estimate of x_0 and
@@ -35,7 +37,8 @@ class Footprint:
     weights: int
     """In training with what the optimizer and the average keep for each."""
     network: int
-    """Input and features of one evaluation; in training gradients as well."""
+    """Features of one evaluation, and the input where it has to be made; in training gradients as
+    well."""
     sampler: int = 0
 
     @property
@@ -77,7 +80,7 @@ def footprint(
         t = torch.zeros(shape[0], dtype=torch.long)
         label = (t,) if hasattr(network, "label_emb") else ()
         with _Alive() as alive, torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            alive.add(x)
+            alive.add(x, counts=not hasattr(network, "joining"))  # which takes parts as they are
             output = network(x, t, *label)
             if training:
                 output.float().square().mean().backward()
@@ -94,14 +97,15 @@ class _Alive(TorchDispatchMode):
         self.now = self.peak = 0
         self._known: set[int] = set()
 
-    def add(self, tensor: Tensor) -> None:
-        """Count a tensor from now on; a view of one that is counted adds nothing."""
+    def add(self, tensor: Tensor, *, counts: bool = True) -> None:
+        """Count a tensor from now on, or know that it does not count; views of it add nothing."""
         storage = tensor.untyped_storage()
         if (key := id(storage)) not in self._known:
             self._known.add(key)
-            self.now += storage.nbytes()
+            size = storage.nbytes() if counts else 0
+            self.now += size
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._remove, key, storage.nbytes())
+            weakref.finalize(storage, self._remove, key, size)
 
     def _remove(self, key: int, size: int) -> None:
         self._known.discard(key)
@@ -113,3 +117,10 @@ class _Alive(TorchDispatchMode):
             if isinstance(each, Tensor):
                 self.add(each)
         return result
+
+
+def give_back() -> None:
+    """Let the system have what was freed: the C library of Linux keeps some of it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:
+        trim(0)

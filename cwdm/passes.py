@@ -5,12 +5,12 @@ normalization is then a scale and a shift of every channel, found in one pass (`
 applied together with SiLU in another (`activate`), in place where the input is not needed any more.
 All compute in float32, whatever the features are kept in.
 
-There are three ways. On a GPU they are kernels (`kernels`). On a processor `torch.compile` can make
-loops in C++ of them, which takes half a minute once on a machine and three seconds in every process
-afterwards: chains of many steps earn that back. In these two, what goes around a block is added
-together with the biases of the convolutions before it (`add`), which need no pass of their own.
-Otherwise torch runs the passes piece by piece, so that a piece stays in the cache from one
-operation to the next.
+On a GPU they are kernels (`kernels`), for whole images: what goes around a block is added together
+with the biases of the convolutions before it (`add`), which need no pass of their own. For windows
+of an image (`streamed`), `put` and `activate` are a pass each: in bfloat16 on a processor
+`torch.compile` can make loops in C++ of them, which takes half a minute once on a machine and three
+seconds in every process afterwards. Chains of many steps earn that back. Everywhere else torch runs
+the passes operation by operation.
 """
 
 import math
@@ -29,13 +29,20 @@ __all__ = [
     "activate",
     "activate_",
     "add",
+    "affine",
     "averaged",
+    "fill",
     "joined",
+    "put",
     "rows",
     "scaling",
+    "sums",
 ]
 
 Way = Literal["kernels", "compiled", "torch"]
+
+_PIECE = 2**18
+"""Numbers that torch works on at a time on a processor."""
 
 
 def rows(x: Tensor) -> Tensor:
@@ -43,58 +50,19 @@ def rows(x: Tensor) -> Tensor:
     return x[0].permute(1, 2, 3, 0).view(-1, x.shape[1])
 
 
-_PIECE = 2**18
-"""Numbers that torch works on at a time on a processor."""
-
-
-def scaling(
-    x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
-) -> tuple[Tensor, Tensor]:
-    """What group normalization multiplies and adds: (C,) each, so that it is x * scale + shift.
-
-    Args:
-        x: rows (N, C).
-        offset: (C,), still missing from x: the normalization is that of x + offset.
-        weight: (C,), with `bias` what follows the normalization.
-    """
-    sums = x.new_zeros(2, x.shape[1], dtype=torch.float64)
-    for piece in _pieces(x):
+def sums(x: Tensor) -> Tensor:
+    """(2, C) of each channel of rows (N, C) and of its square, in float64."""
+    found = x.new_zeros(2, x.shape[1], dtype=torch.float64)
+    pieces = x.split(max(1, _PIECE // x.shape[1])) if x.device.type == "cpu" else (x,)
+    for piece in pieces:
         part = piece.float()
         ones = part.new_ones(1, len(part))
-        sums[0] += (ones @ part)[0]
-        sums[1] += (ones @ part.square())[0]
-    mean, square = sums / len(x)
-    return _affine(mean, square, offset, weight.view(groups, -1), bias, eps)
+        found[0] += (ones @ part)[0]
+        found[1] += (ones @ part.square())[0]
+    return found
 
 
-def activate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """SiLU of rows (N, C) times `scale` (C,) plus `shift` (C,)."""
-    result = torch.empty_like(x)
-    _activate(x, scale, shift, result)
-    return result
-
-
-def activate_(x: Tensor, scale: Tensor, shift: Tensor) -> None:
-    """The same, in place."""
-    _activate(x, scale, shift, x)
-
-
-def _activate(x: Tensor, scale: Tensor, shift: Tensor, result: Tensor) -> None:
-    for piece, target in zip(_pieces(x), _pieces(result), strict=True):
-        if target.dtype == torch.float32:
-            F.silu(torch.addcmul(shift, piece, scale, out=target), inplace=True)
-        else:
-            target.copy_(F.silu(torch.addcmul(shift, piece.float(), scale), inplace=True))
-
-
-def _pieces(x: Tensor) -> tuple[Tensor, ...]:
-    """Of rows; on a GPU all of them."""
-    rows_each = max(1, _PIECE // x.shape[1]) if x.device.type == "cpu" else len(x)
-    pieces: tuple[Tensor, ...] = x.split(rows_each)
-    return pieces
-
-
-def _affine(
+def affine(
     mean: Tensor, square: Tensor, offset: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """`scaling` from the mean of each channel and of its square; weight (groups, C / groups)."""
@@ -104,19 +72,6 @@ def _affine(
     scale = weight * torch.rsqrt(variance.clamp(min=0) + eps)
     shift = (offset.view_as(weight) - mean) * scale
     return scale.flatten().float(), (shift.flatten() + bias).float()
-
-
-def add(
-    x: Tensor, around: Tensor, offset: Tensor, size: Sequence[int], repeat: Sequence[int]
-) -> None:
-    """x += around + offset, in place.
-
-    Args:
-        x: rows of the grid `size`.
-        around: rows of a coarser grid, each voxel of which `repeat` voxels of x share by axis.
-        offset: (C,).
-    """
-    _add(*_aside(x, around, size, repeat), offset)
 
 
 def averaged(x: Tensor, size: Sequence[int], factors: Sequence[int]) -> Tensor:
@@ -131,21 +86,80 @@ def averaged(x: Tensor, size: Sequence[int], factors: Sequence[int]) -> Tensor:
     return rows(means.contiguous(memory_format=torch.channels_last_3d))
 
 
+def fill(x: Tensor, scale: Tensor, shift: Tensor, result: Tensor) -> None:
+    """Put SiLU of rows (N, C) times `scale` (C,) plus `shift` (C,) into other rows."""
+    if result.dtype is torch.float32:
+        torch.addcmul(shift, x, scale, out=result)
+        F.silu(result, inplace=True)
+    else:
+        result.copy_(F.silu(torch.addcmul(shift, x.float(), scale), inplace=True))
+
+
+def put(x: Tensor, around: Tensor | None, result: Tensor) -> Tensor:
+    """Put rows (N, C), with what is around them if anything, into other rows: `sums` of those."""
+    if around is None:
+        result.copy_(x)
+    else:
+        torch.add(x, around, out=result)
+    return sums(result)
+
+
+def _fill_as_loop(x: Tensor, scale: Tensor, shift: Tensor, result: Tensor) -> None:
+    """`fill`, to be compiled."""
+    result.copy_(F.silu(x.float() * scale + shift))
+
+
+def _put_as_loop(x: Tensor, around: Tensor | None, result: Tensor) -> Tensor:
+    """`put`, to be compiled."""
+    total = x.float() if around is None else x.float() + around
+    result.copy_(total)
+    return torch.stack([total.sum(0), total.square().sum(0)])
+
+
+def scaling(
+    x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """What group normalization multiplies and adds: (C,) each, so that it is x * scale + shift.
+
+    Args:
+        x: rows (N, C).
+        offset: (C,), still missing from x: the normalization is that of x + offset.
+        weight: (C,), with `bias` what follows the normalization.
+    """
+    mean, square = sums(x) / len(x)
+    return affine(mean, square, offset, weight.view(groups, -1), bias, eps)
+
+
+def activate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """SiLU of rows (N, C) times `scale` (C,) plus `shift` (C,)."""
+    result = torch.empty_like(x)
+    fill(x, scale, shift, result)
+    return result
+
+
+def activate_(x: Tensor, scale: Tensor, shift: Tensor) -> None:
+    """The same, in place."""
+    fill(x, scale, shift, x)
+
+
+def add(
+    x: Tensor, around: Tensor, offset: Tensor, size: Sequence[int], repeat: Sequence[int]
+) -> None:
+    """x += around + offset, in place.
+
+    Args:
+        x: rows of the grid `size`.
+        around: rows of a coarser grid, each voxel of which `repeat` voxels of x share by axis.
+        offset: (C,).
+    """
+    coarse = [n // factor for n, factor in zip(size, repeat, strict=True)]
+    fine = _split(x, size, repeat)
+    fine.copy_(fine.float() + _split(around, coarse, (1, 1, 1)) + offset)
+
+
 def joined(one: Tensor, other: Tensor) -> Tensor:
     """Rows with the channels of both."""
     return torch.cat([one, other], dim=1)
-
-
-def _add(x: Tensor, around: Tensor, offset: Tensor) -> None:
-    x.copy_(x.float() + around + offset)
-
-
-def _aside(
-    x: Tensor, around: Tensor, size: Sequence[int], repeat: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Fine and coarse rows, shaped so that they can be added."""
-    coarse = [n // factor for n, factor in zip(size, repeat, strict=True)]
-    return _split(x, size, repeat), _split(around, coarse, (1, 1, 1))
 
 
 def _split(x: Tensor, size: Sequence[int], factors: Sequence[int]) -> Tensor:
@@ -154,54 +168,14 @@ def _split(x: Tensor, size: Sequence[int], factors: Sequence[int]) -> Tensor:
     return x.view(nx // fx, fx, ny // fy, fy, nz // fz, fz, x.shape[1])
 
 
-def _scaling_as_loop(
-    x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """`scaling` for weights by group, to be compiled."""
-    x = x.float()
-    return _affine(x.mean(0), x.square().mean(0), offset, weight, bias, eps)
-
-
-def _activate_as_loop(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """`activate`, to be compiled."""
-    return F.silu(x.float() * scale + shift).to(x.dtype)
-
-
-def _activate_as_loop_(x: Tensor, scale: Tensor, shift: Tensor) -> None:
-    """`activate_`, to be compiled."""
-    x.copy_(F.silu(x.float() * scale + shift))
-
-
-_PASSES = (scaling, activate, activate_, add, averaged, joined)
-
-
-def _loops() -> list[Callable[..., Any]]:
-    """`_PASSES`, those compiled that gain by it.
-
-    None of them is given whole numbers: they would be taken for sizes that may vary.
-    """
-    of_groups, activate, activate_, adding = map(
-        loops, (_scaling_as_loop, _activate_as_loop, _activate_as_loop_, _add)
-    )
-
-    def scaling(
-        x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = of_groups(x, offset, weight.view(groups, -1), bias, eps)
-        return found
-
-    def add(
-        x: Tensor, around: Tensor, offset: Tensor, size: Sequence[int], repeat: Sequence[int]
-    ) -> None:
-        adding(*_aside(x, around, size, repeat), offset)
-
-    return [scaling, activate, activate_, add, averaged, joined]
+_WHOLE = (scaling, activate, activate_, add, averaged, joined)
 
 
 class Passes:
     """The passes on a device, in the way that was chosen last.
 
-    `scaling`, `activate`, `activate_`, `add`, `averaged` and `joined` are those of this module.
+    `fill` and `put` are for windows; `scaling`, `activate`, `activate_`, `add`, `averaged` and
+    `joined` for whole images.
     """
 
     def __init__(self, device: torch.device | str):
@@ -211,20 +185,19 @@ class Passes:
     def choose(self, *, compiled: bool = False) -> Way:
         """The way from now on: kernels where they work, else compiled if wanted and possible."""
         self.way: Way = "torch"
-        functions: Sequence[Callable[..., Any]] = _PASSES
+        whole: Sequence[Callable[..., Any]] = _WHOLE
+        self.fill, self.put = fill, put
         if self.device.type == "cuda" and (found := kernels()):
-            self.way, functions = "kernels", [getattr(found, each.__name__) for each in _PASSES]
+            self.way, whole = "kernels", [getattr(found, each.__name__) for each in _WHOLE]
         elif compiled and self.device.type == "cpu" and loops_work():
-            self.way, functions = "compiled", _loops()
-        self.scaling, self.activate, self.activate_, self.add, self.averaged, self.joined = (
-            functions
-        )
+            self.way, self.fill, self.put = "compiled", loops(_fill_as_loop), loops(_put_as_loop)
+        self.scaling, self.activate, self.activate_, self.add, self.averaged, self.joined = whole
         return self.way
 
     def outline(self) -> "Passes":
         """The same without the work: what they return is allocated, for `memory`."""
         outline = Passes(self.device)
-        outline.way = self.way
+        outline.way, outline.fill, outline.put = self.way, fill, put
         outline.scaling = lambda x, *_: torch.empty(2, x.shape[1]).unbind()
         outline.activate = lambda x, *_: torch.empty_like(x)
         outline.activate_ = outline.add = lambda *_: None
@@ -233,13 +206,3 @@ class Passes:
         )
         outline.joined = lambda x, other: x.new_empty(len(x), x.shape[1] + other.shape[1])
         return outline
-
-    @property
-    def fused(self) -> bool:
-        """Whether `add` is one pass, and so adds what convolutions owe."""
-        return self.way != "torch"
-
-    def pay(self, dtype: torch.dtype) -> bool:
-        """Whether they are quicker than torch's own normalization of such features: not in half
-        precision on a processor, as torch runs them."""
-        return self.fused or self.device.type != "cpu" or dtype == torch.float32

@@ -88,6 +88,7 @@ class Synthesizer:
         *,
         device: str = "auto",
         precision: Precision = "auto",
+        memory_limit: int | None = None,
     ):
         config = model.config
         self.target = target or config.targets[0]
@@ -101,7 +102,7 @@ class Synthesizer:
                 f"{model.path}: {config.name} is given no other sequences of a case (conditioning "
                 f"= '{config.conditioning}'), expected a model for cwdm synthesize"
             )
-        self.engine = Engine(model, device=device, precision=precision)
+        self.engine = Engine(model, device=device, precision=precision, memory_limit=memory_limit)
         self.model = self.engine.model
 
     @classmethod
@@ -113,17 +114,19 @@ class Synthesizer:
         preset: str | None = None,
         device: str = "auto",
         precision: Precision = "auto",
+        memory_limit: int | None = None,
     ) -> Self:
         """With the model in a file, or the one that ships for ``target``.
 
         Args:
             preset: of a published checkpoint, where its file does not tell.
+            memory_limit: bytes that a chain may take, see ``Engine.fit``.
 
         Raises:
             InputError: the file is not a model, or one for another target; no such device.
         """
         loaded = load_model(model or default_model(target), target, preset=preset)
-        return cls(loaded, target, device=device, precision=precision)
+        return cls(loaded, target, device=device, precision=precision, memory_limit=memory_limit)
 
     def __call__(
         self,
@@ -154,8 +157,8 @@ class Synthesizer:
                 ``engine.peak`` says what memory it takes.
 
         Raises:
-            InputError: the case cannot be read, has nothing the model can use, or an unknown
-                sampler or number of steps was asked for.
+            InputError: the case cannot be read, has nothing the model can use, an unknown sampler
+                or number of steps was asked for, or it takes more than the limit of memory.
         """
         began = time.perf_counter()
         config, target, engine = self.model.config, self.target, self.engine
@@ -176,9 +179,11 @@ class Synthesizer:
         cond = self._condition(
             {m: image[None, None].to(engine.device) for m, image in prepared.images.items()}
         )
+        size = [n * config.transform.factor for n in cond.shape[2:]]
+        engine.prepare(settings)
+        engine.fit(size)
         if announce:
-            engine.prepare(settings)
-            announce([n * config.transform.factor for n in cond.shape[2:]])
+            announce(size)
         stream = published.noise_stream if compat else noise_stream
         like = volumes[sources[0]]
         scale = Scale(0.0, 1.0) if compat else self.model.priors[target].predict(prepared.scales)
@@ -435,6 +440,7 @@ def synthesize(
     compat: bool = False,
     device: str = "auto",
     precision: Precision = "auto",
+    memory_limit: int | None = None,
 ) -> Synthesis:
     """Synthesize one modality of one case.
 
@@ -443,7 +449,8 @@ def synthesize(
         missing: the modality to synthesize, by any of its names.
         model: a model file, by default the one that ships for this modality.
         preset: of a published checkpoint, where its file does not tell.
-        seed, samples, steps, sampler, compat, device, precision: see ``Synthesizer``.
+        seed, samples, steps, sampler, compat, device, precision, memory_limit: see
+            ``Synthesizer``.
 
     Raises:
         InputError: whatever is wrong with the case, the names or the model.
@@ -452,7 +459,12 @@ def synthesize(
         >>> cwdm.synthesize("BraTS-GLI-00000-000", "t2f").write(Path("out"))  # doctest: +SKIP
     """
     loaded = Synthesizer.load(
-        parse_modality(missing), model, preset=preset, device=device, precision=precision
+        parse_modality(missing),
+        model,
+        preset=preset,
+        device=device,
+        precision=precision,
+        memory_limit=memory_limit,
     )
     case = case if isinstance(case, Case) else read_case(Path(case))
     return loaded(case, seed=seed, samples=samples, steps=steps, sampler=sampler, compat=compat)

@@ -51,11 +51,12 @@ ROWS = {
         "process",
         "relaxation",
         "sampling",
+        "streamed",
         "uncertainty",
         "unet",
         "wavunet",
     },
-    "leaves": {"compilers", "errors", "kernels", "modality", "wavelet"},
+    "leaves": {"compilers", "errors", "kernels", "modality", "wavelet", "winograd"},
 }
 ROW_OF = {module: depth for depth, modules in enumerate(ROWS.values()) for module in modules}
 

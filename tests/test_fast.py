@@ -26,12 +26,14 @@ from cwdm.case import find_cases
 from cwdm.denoiser import Denoiser
 from cwdm.diffusion import Diffusion
 from cwdm.engine import Engine, choose_bf16, resident
-from cwdm.fast import FastUNet, Replayed, accelerated, transposed
+from cwdm.errors import InputError
+from cwdm.fast import FastUNet, Replayed, accelerated
 from cwdm.memory import footprint
 from cwdm.metrics import psnr
 from cwdm.modality import Modality
 from cwdm.model import default_model, load_model
 from cwdm.passes import Passes
+from cwdm.streamed import StreamedUNet, transposed
 from cwdm.synthesis import Synthesizer
 from cwdm.unet import UNet, UNetConfig
 from cwdm.volume import brain_mask, read_volumes
@@ -101,33 +103,71 @@ def test_repeating_and_convolving_is_one_transposed_convolution(
     torch.testing.assert_close(found, expected)
 
 
+KINDS = [FastUNet, StreamedUNet]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", VARIANTS)
 @torch.inference_mode()
-def test_it_is_the_same_network(name: str) -> None:
+def test_it_is_the_same_network(kind: Callable[..., nn.Module], name: str) -> None:
     config = VARIANTS[name]
     plain, given = network(config), inputs(config)
     expected = plain(*given)
-    assert error(FastUNet(plain)(*given), expected) < 1e-5
-    half = FastUNet(plain, torch.bfloat16)(*given)
+    assert error(kind(plain)(*given), expected) < 1e-5
+    half = kind(plain, torch.bfloat16)(*given)
     assert half.dtype == torch.float32
     assert error(half, expected) < 2e-2
+    assert torch.equal(plain(*given), expected)  # which has its weights still
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.inference_mode()
+def test_it_is_the_same_network_by_large_planes(name: str) -> None:
+    """Those that `winograd` convolves, in windows of which the last is not full."""
+    config = VARIANTS[name]
+    plain, (_, t, *label) = network(config), inputs(config, 1)
+    x = torch.randn(1, 32, 20, 36, 32, generator=torch.Generator().manual_seed(2))
+    expected = plain(x, t, *label)
+    streamed = StreamedUNet(plain)
+    for _ in range(2):  # what it keeps is used again
+        assert error(streamed(x, t, *label), expected) < 1e-5
+    assert any(getattr(each, "_planar", []) for each in streamed.modules())
+
+
+@torch.inference_mode()
+def test_it_does_not_matter_how_many_planes_are_taken_at_a_time() -> None:
+    plain, given = network(VARIANTS["three levels"]), inputs(SMALL, 1)
+    few, many = (StreamedUNet(plain, voxels=n)(*given) for n in (1, 10**6))
+    assert error(few, many) < 1e-5
+
+
+@torch.inference_mode()
+def test_channels_may_come_in_parts() -> None:
+    plain, (x, t) = network(SMALL), inputs(SMALL)
+    streamed = StreamedUNet(plain)
+    assert torch.equal(streamed.joining([x[:, :8], x[:, 8:]], t), streamed(x, t))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["u16_add_in8", "u16_attn_film_conv", "u16_cat_in32"])
 @torch.inference_mode()
 def test_it_meets_the_numbers_of_the_published_network(
+    kind: Callable[..., nn.Module],
     golden: Callable[[str], dict[str, NDArray[np.float32]]],
     golden_unet: Callable[[str], UNet],
     name: str,
 ) -> None:
     numbers = {key: torch.from_numpy(value) for key, value in golden(f"unet_{name}").items()}
-    fast = FastUNet(golden_unet(name))
+    fast = kind(golden_unet(name))
     for case in "ab":
         found = fast(numbers[f"x_{case}"], numbers[f"t_{case}"])
         torch.testing.assert_close(found, numbers[f"y_{case}"], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", [UNet, lambda *given: FastUNet(UNet(*given))])
+@pytest.mark.parametrize(
+    "kind",
+    [UNet, lambda *given: FastUNet(UNet(*given)), lambda *given: StreamedUNet(UNet(*given))],
+)
 def test_a_grid_that_cannot_be_halved_is_refused(kind: Callable[..., nn.Module]) -> None:
     with pytest.raises(ValueError, match="multiple of 2"):
         kind(SMALL, 8)(torch.zeros(1, 8, 4, 4, 5), torch.tensor([0]))
@@ -138,10 +178,10 @@ def test_it_multiplies_less_where_voxels_are_repeated() -> None:
     config = replace(SMALL, multipliers=(1, 1))
     plain, given = network(config).to("meta"), [x.to("meta") for x in inputs(config, 1)]
     counts = []
-    for each in (plain, FastUNet(plain, torch.bfloat16)):  # sums of float32 are matrix products
+    for each in (plain, FastUNet(plain)):
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
             each(*given)
-        counts.append(counter.get_total_flops())
+        counts.append(counter.get_flop_counts()["Global"][torch.ops.aten.convolution])
     voxels = given[0][0, 0].numel()
     saved = 2 * 16 * 16 * voxels * (27 - 8)
     averaging = 2 * 2 * 16 * voxels  # counted now that it is a convolution
@@ -151,8 +191,10 @@ def test_it_multiplies_less_where_voxels_are_repeated() -> None:
 def test_the_published_network_takes_half_of_the_memory() -> None:
     shape = (1, 32, 112, 112, 80)
     plain = footprint(lambda: UNet(UNetConfig(), 32), shape)
-    fast = footprint(lambda: FastUNet(UNet(UNetConfig(), 32), torch.bfloat16), shape)
-    assert fast.network < 0.5 * plain.network
+    fast = footprint(lambda: StreamedUNet(UNet(UNetConfig(), 32)), shape)
+    assert fast.network < 0.52 * plain.network  # copies of weights among it
+    half = footprint(lambda: StreamedUNet(UNet(UNetConfig(), 32), torch.bfloat16), shape)
+    assert half.network < 0.3 * plain.network
 
 
 def test_other_networks_keep_their_way() -> None:
@@ -295,4 +337,41 @@ def test_an_engine_keeps_one_network() -> None:
     del model
     gc.collect()
     assert conv() is None
-    assert isinstance(engine.model.denoiser.backbone, FastUNet)
+    assert isinstance(engine.model.denoiser.backbone, StreamedUNet)
+
+
+def test_more_than_the_limit_of_memory_is_refused() -> None:
+    engine = Engine(load_model(default_model(Modality.T2F)), device="cpu", memory_limit=2**40)
+    engine.fit((240, 240, 160))
+    engine.memory_limit = 10**8
+    with pytest.raises(
+        InputError,
+        match=r"small-t2f: 240x240x160 voxels take about .* GB, found a limit of 0.10 GB",
+    ):
+        engine.fit((240, 240, 160))
+    engine.memory_limit = engine.peak((240, 240, 160)) - 10**6
+    with pytest.raises(InputError, match="expected --precision bf16"):
+        engine.fit((240, 240, 160))
+
+
+@torch.inference_mode()
+def test_on_a_gpu_it_goes_by_planes_where_the_limit_wants_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A processor that is told to compute as a GPU does."""
+    model = load_model(default_model(Modality.T2F))
+    engine = Engine(model, device="cpu", precision="fp32", reference=True, memory_limit=2**40)
+    engine._spare, engine.reference, engine.streamed = engine.denoiser, False, False
+    monkeypatch.setattr(cwdm.passes, "kernels", lambda: None)
+    engine.passes = Passes("cuda")
+    size, x, t = (128, 128, 128), torch.randn(1, 8, 32, 32, 32), torch.tensor([999])
+    cond = torch.randn(1, 24, 32, 32, 32)
+    expected, whole = engine.denoiser(x, t, cond), engine.footprint(size).network
+    engine.fit(size)
+    assert not engine.streamed
+    engine.memory_limit = engine.peak(size) - whole // 4
+    engine.fit(size)
+    assert engine.streamed
+    assert isinstance(engine.model.denoiser.backbone, StreamedUNet)
+    assert engine.footprint(size).network < whole * 3 / 4
+    assert error(engine.denoiser(x, t, cond), expected) < 1e-5

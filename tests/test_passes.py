@@ -16,19 +16,13 @@ import cwdm.passes as module
 from cwdm.passes import Passes, rows
 
 SIZE = (4, 6, 10)
-WAYS = ["torch", pytest.param("compiled", marks=pytest.mark.slow), "kernels"]
+WAYS = ["torch", "kernels"]
 
 
 @pytest.fixture
 def passes(request: pytest.FixtureRequest) -> Any:
     """The functions, in one of the ways."""
-    way: str = request.param
-    if way == "kernels":
-        return request.getfixturevalue("kernels")
-    made = Passes("cpu")
-    if made.choose(compiled=way == "compiled") != way:
-        pytest.skip("no compiler here")
-    return made
+    return Passes("cpu") if request.param == "torch" else request.getfixturevalue("kernels")
 
 
 def on(passes: Any) -> str:
@@ -97,6 +91,40 @@ def test_joined_rows_have_the_channels_of_both(passes: Any) -> None:
     )
 
 
+@pytest.fixture(params=["torch", pytest.param("compiled", marks=pytest.mark.slow)])
+def windows(request: pytest.FixtureRequest) -> Passes:
+    """Those for windows, in one of the ways."""
+    made = Passes("cpu")
+    if made.choose(compiled=request.param == "compiled") != request.param:
+        pytest.skip("no compiler here")
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_windows_are_filled_with_what_is_activated(windows: Passes, dtype: torch.dtype) -> None:
+    x, (scale, shift) = features(24, dtype, "cpu"), torch.randn(2, 24)
+    wide = torch.zeros(rows(x).shape[0], 40, dtype=dtype)
+    windows.fill(rows(x), scale, shift, wide[:, 8:32])
+    expected = F.silu(rows(x).float() * scale + shift)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(wide[:, 8:32].float(), expected, atol=tolerance, rtol=tolerance)
+    assert not wide[:, :8].any()
+    assert not wide[:, 32:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("besides", [True, False])
+def test_what_is_put_is_summed(windows: Passes, dtype: torch.dtype, besides: bool) -> None:
+    x, around = (rows(features(24, dtype, "cpu", seed)) for seed in (0, 1))
+    result = torch.empty_like(x)
+    sums = windows.put(x.clone(), around if besides else None, result)
+    expected = x.double() + (around.double() if besides else 0)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(result.double(), expected, atol=tolerance, rtol=tolerance)
+    true = torch.stack([result.double().sum(0), result.double().square().sum(0)])
+    torch.testing.assert_close(sums.double(), true, atol=tolerance * 100, rtol=tolerance)
+
+
 @settings(deadline=None, max_examples=20)
 @given(size=st.tuples(*[st.integers(1, 5)] * 3), channels=st.integers(1, 9))
 def test_rows_are_a_view(size: tuple[int, int, int], channels: int) -> None:
@@ -142,7 +170,6 @@ def test_without_a_compiler_there_is_a_way(
     with caplog.at_level("INFO"):
         passes = Passes("cpu")
         assert passes.choose(compiled=True) == "torch"
-    assert not passes.pay(torch.bfloat16)
     assert caplog.messages == ["without compiled loops: No working C++ compiler found"]
 
 
@@ -152,7 +179,7 @@ def test_without_a_gpu_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_kernels_are_chosen_where_they_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [each.__name__ for each in module._PASSES]
+    names = [each.__name__ for each in module._WHOLE]
     theirs = SimpleNamespace(**{name: object() for name in names})
     monkeypatch.setattr(module, "kernels", lambda: theirs)
     passes = Passes("cuda")
