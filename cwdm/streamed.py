@@ -202,20 +202,23 @@ class _Convolution(nn.Module):
             shift: (out,) more bias.
         """
         length, *plane = given
-        bias = self.bias if shift is None else self.bias + shift
         if not self._ready:
             self._prepare(plane)
-        kernel = self._by_planes if self._planar else self._directly
-        step, factor = self.stride[0], self.repeat[0]
+        bias = self.bias if shift is None else self.bias + shift
+        step, factor, size = self.stride[0], self.repeat[0], self.size(given)[0]
         count = winograd.PLANES * -(-self.how.voxels // (winograd.PLANES * plane[0] * plane[1]))
-        count = min(count, -(-length // step))
+        if count * step >= length and not self._planar:
+            window = self._room("window", length, *plane, self.channels)
+            read(0, length, window)
+            put(0, size, self._directly(window, bias, padded=False))
+            return
+        kernel = self._by_planes if self._planar else self._directly
         kept = 3 - step  # planes that the next window sees again
         window = self._room("window", count * step + kept, *plane, self.channels)
         window[:kept] = 0
         there = kept - 1
         if there:
             read(0, there, window[1:kept])
-        size = self.size(given)[0]
         for a in range(0, size, count * factor):
             wanted = min(there + count * step, length)
             if wanted > there:
@@ -244,13 +247,14 @@ class _Convolution(nn.Module):
             shape = (1, self.channels, 6, *plane)
             self.weight = _arranged(self.weight, shape, self.stride, (0, 1, 1))
 
-    def _directly(self, window: Tensor, bias: Tensor) -> Tensor:
+    def _directly(self, window: Tensor, bias: Tensor, *, padded: bool = True) -> Tensor:
+        """Of a window that has its borders, or of a whole image."""
         x, bias = window[None].movedim(-1, 1), bias.to(window.dtype)
         if max(self.repeat) > 1:
-            padding = (self.repeat[0] + 1, 1, 1)
+            padding = (1 + self.repeat[0] * padded, 1, 1)
             h = F.conv_transpose3d(x, self.weight, bias, stride=self.repeat, padding=padding)
         else:
-            h = _convolved(x, self.weight, bias, self.stride, (0, 1, 1))
+            h = _convolved(x, self.weight, bias, self.stride, (1 - padded, 1, 1))
         return h[0].movedim(0, -1).contiguous()
 
     def _by_planes(self, window: Tensor, bias: Tensor) -> Tensor:

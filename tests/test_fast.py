@@ -142,6 +142,13 @@ def test_it_does_not_matter_how_many_planes_are_taken_at_a_time() -> None:
 
 
 @torch.inference_mode()
+def test_a_single_plane_is_enough() -> None:
+    plain, (_, t) = network(SMALL), inputs(SMALL, 1)
+    x = torch.randn(1, 32, 2, 2, 2, generator=torch.Generator().manual_seed(3))
+    assert error(StreamedUNet(plain)(x, t), plain(x, t)) < 1e-5
+
+
+@torch.inference_mode()
 def test_channels_may_come_in_parts() -> None:
     plain, (x, t) = network(SMALL), inputs(SMALL)
     streamed = StreamedUNet(plain)
