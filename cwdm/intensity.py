@@ -61,9 +61,7 @@ class Normalization:
         image: NDArray[np.floating], mask: NDArray[np.bool_], scale: Scale
     ) -> NDArray[np.floating]:
         """Scanner units; 0 outside the mask. Inverse of ``normalize`` where it did not clip."""
-        voxels = image * scale.scale + scale.offset
-        voxels[~mask] = 0
-        return voxels
+        return np.where(mask, image * scale.scale + scale.offset, image.dtype.type(0))
 
 
 def _quantiles(voxels: NDArray[np.floating], mask: NDArray[np.bool_]) -> Scale:

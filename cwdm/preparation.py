@@ -18,7 +18,7 @@ from torch import Tensor
 from cwdm.config import Images, Orientation
 from cwdm.intensity import NORMALIZATIONS, Normalization, Scale
 from cwdm.modality import Modality
-from cwdm.volume import Volume, brain_mask
+from cwdm.volume import Volume, brain_mask, extent
 
 __all__ = ["FLIPS", "Box", "Frame", "Prepared", "inside", "majority", "prepare"]
 
@@ -42,12 +42,10 @@ class Box:
     def around(cls, mask: NDArray[np.bool_], multiple: int) -> "Box":
         """The smallest block around the mask, centred, with sides that are multiples."""
         start, size = [], []
-        for axis in range(3):
-            other = tuple(a for a in range(3) if a != axis)
-            (inside,) = np.nonzero(mask.any(axis=other))
-            length = int(inside[-1] - inside[0] + 1)
+        for tight in extent(mask):
+            length = tight.stop - tight.start
             padded = -(-length // multiple) * multiple
-            start.append(int(inside[0]) - (padded - length) // 2)
+            start.append(tight.start - (padded - length) // 2)
             size.append(padded)
         return cls((start[0], start[1], start[2]), (size[0], size[1], size[2]))
 

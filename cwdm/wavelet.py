@@ -110,7 +110,7 @@ def idwt3(y: Tensor, wavelet: str = "haar", *, lll: float = 1.0, rest: float = 1
     return x.reshape(b, c // 8, *x.shape[2:])
 
 
-_CUBES = 2**16
+_CUBES = 2**17
 """Of 2 x 2 x 2 voxels that are transformed at a time: they and their bands stay in the cache."""
 
 
