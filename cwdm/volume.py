@@ -193,7 +193,7 @@ def write_volume(
     stored = orientations.apply_orientation(voxels, back).reshape(header.get_data_shape())
     dtype = header.get_data_dtype()
     if np.issubdtype(dtype, np.integer):
-        if (slope, inter) != (1, 0):
+        if (slope, inter) != (1, 0) or not np.issubdtype(stored.dtype, np.floating):
             stored = (stored.astype(np.float64) - inter) / slope
         stored = float_to_int(stored, dtype.type)
     kind: Any = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
