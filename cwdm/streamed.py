@@ -68,7 +68,7 @@ class StreamedUNet(nn.Module):
         unet: whose weights it takes as they are now.
         dtype: in which features are kept and convolutions computed.
         passes: what lies between convolutions.
-        voxels: of a window at least.
+        voxels: of a window at least; by default what suits the arithmetic.
     """
 
     def __init__(
@@ -77,11 +77,14 @@ class StreamedUNet(nn.Module):
         dtype: torch.dtype = torch.float32,
         passes: Passes | None = None,
         *,
-        voxels: int = 4096,
+        voxels: int | None = None,
     ):
         super().__init__()
         self.config, self.dtype = unet.config, dtype
-        self.how = how = _How(dtype, passes or Passes("cpu"), voxels, _Room())
+        passes = passes or Passes("cpu")
+        if voxels is None:  # matrix units want more at a time
+            voxels = 2**12 if dtype is torch.float32 and passes.device.type == "cpu" else 2**16
+        self.how = how = _How(dtype, passes, voxels, _Room())
         self.time_embed = unet.time_embed
         self.label_emb = unet.label_emb if unet.config.classes else None
         begin, *stages = (_stage(stage, how) for stage in unet.input_blocks)

@@ -285,8 +285,7 @@ class _State:
         denoiser = trainable(build_denoiser(config), device, dtype, compiled=compiled)
         average = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(ema)).eval()
         rate = config.training.learning_rate
-        fused = device.type == "cuda"
-        optimizer = torch.optim.AdamW(denoiser.parameters(), rate, weight_decay=0.0, fused=fused)
+        optimizer = torch.optim.AdamW(denoiser.parameters(), rate, weight_decay=0.0, fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         return cls(denoiser, average, optimizer, scaler, dtype)
 

@@ -371,7 +371,7 @@ def test_on_a_gpu_it_goes_by_planes_where_the_limit_wants_it(
     engine._spare, engine.reference, engine.streamed = engine.denoiser, False, False
     monkeypatch.setattr(cwdm.passes, "kernels", lambda: None)
     engine.passes = Passes("cuda")
-    size, x, t = (128, 128, 128), torch.randn(1, 8, 32, 32, 32), torch.tensor([999])
+    size, x, t = (256, 256, 256), torch.randn(1, 8, 32, 32, 32), torch.tensor([999])
     cond = torch.randn(1, 24, 32, 32, 32)
     expected, whole = engine.denoiser(x, t, cond), engine.footprint(size).network
     engine.fit(size)
