@@ -8,12 +8,12 @@ import ctypes
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -67,19 +67,35 @@ def footprint(
         training: forward and backward, with the gradients.
         device: where it would run.
     """
-    device = torch.device(device)
     filters("haar")  # kept from now on: not the ones without numbers
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        torch.inference_mode(not training),
-        device,
-    ):
-        network = build()
-        weights = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+    if not training:
+        with torch.device("meta"):
+            network = build()
+        if hasattr(network, "joining"):  # it knows what its operations return
+            return _measured(network, shape, channels, torch.device("meta"))
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second at its first use
+
+    device = torch.device(device)
+    with FakeTensorMode(allow_non_fake_inputs=True), device:
+        return _measured(build(), shape, channels, device, bf16=bf16, training=training)
+
+
+def _measured(
+    network: nn.Module,
+    shape: Sequence[int],
+    channels: int,
+    device: torch.device,
+    *,
+    bf16: bool = False,
+    training: bool = False,
+) -> Footprint:
+    weights = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+    autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+    with torch.inference_mode(not training), device:
         x = torch.empty(*shape)
         t = torch.zeros(shape[0], dtype=torch.long)
         label = (t,) if hasattr(network, "label_emb") else ()
-        with _Alive() as alive, torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with _Alive() as alive, autocast:
             alive.add(x, counts=not hasattr(network, "joining"))  # which takes parts as they are
             output = network(x, t, *label)
             if training:
@@ -91,6 +107,10 @@ def footprint(
 
 class _Alive(TorchDispatchMode):
     """Counts the bytes of all tensors made inside it, until nothing refers to them."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or the compiler is imported, which takes a second
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

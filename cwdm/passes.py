@@ -14,7 +14,7 @@ the passes operation by operation.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -53,13 +53,24 @@ def rows(x: Tensor) -> Tensor:
 def sums(x: Tensor) -> Tensor:
     """(2, C) of each channel of rows (N, C) and of its square, in float64."""
     found = x.new_zeros(2, x.shape[1], dtype=torch.float64)
-    pieces = x.split(max(1, _PIECE // x.shape[1])) if x.device.type == "cpu" else (x,)
-    for piece in pieces:
+    for (piece,) in _pieces(x):
         part = piece.float()
         ones = part.new_ones(1, len(part))
         found[0] += (ones @ part)[0]
         found[1] += (ones @ part.square())[0]
     return found
+
+
+def _pieces(*images: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """A few rows of each at a time, which stay in the cache of a processor.
+
+    Of tensors without numbers (`memory`) the first: the others take no more.
+    """
+    if images[0].is_cuda:
+        return [images]
+    count = max(1, _PIECE // images[0].shape[1])
+    parts = zip(*(image.split(count) for image in images), strict=True)
+    return [next(parts)] if images[0].is_meta else parts
 
 
 def affine(
@@ -91,8 +102,9 @@ def fill(x: Tensor, scale: Tensor, shift: Tensor, result: Tensor) -> None:
     if result.dtype is torch.float32:
         torch.addcmul(shift, x, scale, out=result)
         F.silu(result, inplace=True)
-    else:
-        result.copy_(F.silu(torch.addcmul(shift, x.float(), scale), inplace=True))
+        return
+    for piece, target in _pieces(x, result):
+        target.copy_(F.silu(torch.addcmul(shift, piece.float(), scale), inplace=True))
 
 
 def put(x: Tensor, around: Tensor | None, result: Tensor) -> Tensor:

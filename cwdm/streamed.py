@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from cwdm import winograd
 from cwdm.memory import give_back
@@ -56,8 +55,10 @@ def transposed(weight: Tensor, factors: Sequence[int]) -> Tensor:
     weight = weight.double().transpose(0, 1).flip(2, 3, 4)
     for axis, factor in enumerate(factors, start=2):
         if factor == 2:  # of four taps each is the sum of the two that see the same voxel
-            zero = torch.zeros_like(weight.narrow(axis, 0, 1))
-            weight = torch.cat([weight, zero], axis) + torch.cat([zero, weight], axis)
+            wide = weight.new_zeros([n + (a == axis) for a, n in enumerate(weight.shape)])
+            for start in (0, 1):
+                wide.narrow(axis, start, 3).add_(weight)
+            weight = wide
     return weight
 
 
@@ -230,14 +231,14 @@ class _Convolution(nn.Module):
             there = wanted
             b = min(a + count * factor, size)
             put(a, b, kernel(window, bias)[: b - a])
-            if isinstance(window, FakeTensor):
+            if window.is_meta:
                 break  # the others take no more memory
             window[:kept] = window[-kept:]
 
     def _prepare(self, plane: Sequence[int]) -> None:
         """Arrange the weights for how windows of such planes are convolved."""
         self._ready = True
-        on_cpu = self.bias.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        on_cpu = self.how.passes.device.type == "cpu" and torch.backends.mkldnn.is_available()
         if not on_cpu or max(self.repeat) > 1:
             return
         large = plane[0] * plane[1] >= _WORTH
@@ -258,22 +259,25 @@ class _Convolution(nn.Module):
             h = F.conv_transpose3d(x, self.weight, bias, stride=self.repeat, padding=padding)
         else:
             h = _convolved(x, self.weight, bias, self.stride, (1 - padded, 1, 1))
+        if h.is_meta:  # where the order in memory is not the true one
+            h = torch.empty_like(h, memory_format=torch.channels_last_3d)
         return h[0].movedim(0, -1).contiguous()
 
     def _by_planes(self, window: Tensor, bias: Tensor) -> Tensor:
         """`winograd`."""
         count, *plane = len(window) - 2, *window.shape[1:3]
+        inputs, outputs = (each.to(window.device) for each in (winograd.INPUT, winograd.OUTPUT))
         seen = self._room("seen", winograd.SEEN, *plane, self.channels)
         made = self._room("made", winograd.SEEN, *plane, self.width)
         result = self._room("result", count, *plane, self.width)
         for start in range(0, count, winograd.PLANES):
             given = window[start : start + winograd.SEEN].flatten(1)
-            torch.mm(winograd.INPUT[:, : len(given)], given, out=seen.flatten(1))
+            torch.mm(inputs[:, : len(given)], given, out=seen.flatten(1))
             for k, weight in enumerate(self._planar):
                 x, offset = seen[k][None].movedim(-1, 1), bias if k == winograd.EVERY else None
                 made[k] = _convolved(x, weight, offset, (1, 1), (1, 1))[0].movedim(0, -1)
             target = result[start : start + winograd.PLANES].flatten(1)
-            torch.mm(winograd.OUTPUT[: len(target)], made.flatten(1), out=target)
+            torch.mm(outputs[: len(target)], made.flatten(1), out=target)
         return result
 
     def _room(self, name: str, *shape: int) -> Tensor:
@@ -284,7 +288,7 @@ def _arranged(
     weight: Tensor, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
     """A weight as oneDNN wants it for inputs of that shape."""
-    if isinstance(weight, FakeTensor):
+    if weight.is_meta:
         return weight
     aten, ones = torch.ops.aten, [1] * len(stride)
     reorder = (
@@ -518,7 +522,7 @@ def _mean(given: list[Features], how: _How) -> Features:
     (one, _), (other, _) = given
     given.clear()
     made = _Made(one, how)
-    for a in range(len(one)):
+    for a in range(1 if one.is_meta else len(one)):
         made(a, a + 1, (one[a : a + 1] + other[a : a + 1]).div_(2))
     return made.features
 

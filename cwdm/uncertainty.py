@@ -14,11 +14,12 @@ scale of its own: it is brought into these units by the inverse of the line that
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
+from statistics import NormalDist
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage, stats
+from scipy import ndimage
 
 from cwdm.errors import InputError
 from cwdm.metrics import affine_fit
@@ -246,7 +247,7 @@ def conformal_quantile(scores: Voxels, share: float) -> float:
 
 def normal_quantile(share: float) -> float:
     """How many standard deviations either side of the mean hold `share` of a normal variable."""
-    return float(stats.norm.ppf((1 + share) / 2))
+    return NormalDist().inv_cdf((1 + share) / 2)
 
 
 def coverage(scores: Voxels, q: float) -> float:
@@ -258,7 +259,9 @@ def agreement(std: Voxels, error: Voxels) -> float | None:
     """Spearman's rank correlation of s and |error| of some voxels; None if either is constant."""
     if np.ptp(std) == 0 or np.ptp(error) == 0:
         return None
-    return float(stats.spearmanr(std, error).statistic)
+    from scipy.stats import spearmanr  # takes half a second to import
+
+    return float(spearmanr(std, error).statistic)
 
 
 def leave_one_out(scores: Sequence[Scores], share: float) -> list[HeldOut]:

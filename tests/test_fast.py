@@ -201,7 +201,7 @@ def test_the_published_network_takes_half_of_the_memory() -> None:
     fast = footprint(lambda: StreamedUNet(UNet(UNetConfig(), 32)), shape)
     assert fast.network < 0.52 * plain.network  # copies of weights among it
     half = footprint(lambda: StreamedUNet(UNet(UNetConfig(), 32), torch.bfloat16), shape)
-    assert half.network < 0.3 * plain.network
+    assert half.network < 0.35 * plain.network
 
 
 def test_other_networks_keep_their_way() -> None:
