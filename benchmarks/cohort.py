@@ -1,6 +1,6 @@
 """How busy a cohort keeps the processor, and whether its memory grows.
 
-    python benchmarks/cohort.py CASES [--cases 20] [--workers 1] [--model FILE]
+    python benchmarks/cohort.py CASES [--cases 20] [--workers N] [--model FILE]
 
 Complete cases are copied until there are enough, each without one sequence, and completed by
 `cwdm impute` in a process of its own. Every second its CPU time and the memory of the largest of
@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", type=Path)
     parser.add_argument("--cases", dest="count", type=int, default=20)
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--workers", type=int, help="by default those of cwdm impute")
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--model", type=Path)
     options = parser.parse_args()
@@ -60,7 +60,9 @@ def main() -> None:
             if modality != SEQUENCES[number % 4]:
                 shutil.copy(case.images[modality], folder / f"{folder.name}-{modality}.nii.gz")
     words = [sys.executable, "-m", "cwdm.cli", "impute", "--input", str(root / "cohort")]
-    words += ["--output", str(root / "out"), "--workers", str(options.workers)]
+    words += ["--output", str(root / "out")]
+    if options.workers:
+        words += ["--workers", str(options.workers)]
     if options.model:
         words += ["--model", str(options.model)]
     began = time.perf_counter()

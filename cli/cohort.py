@@ -33,7 +33,8 @@ def placement(command: Command) -> Command:
                 "--workers",
                 type=click.IntRange(min=1),
                 metavar="N",
-                help="Processes that work at a time. [default: one per GPU, else one]",
+                help="Processes that work at a time. [default: one per GPU, else one per core if "
+                "there are enough cases and memory]",
             ),
             click.option("--address", help="Of a Ray cluster that runs. [default: start one here]"),
             click.option(
@@ -78,7 +79,7 @@ def choose_executor(
             parameters[key] = int(value) if value.isdecimal() else value
         cluster = str(parameters.pop("cluster", "slurm"))
         return Slurm(output / ".cwdm" / "slurm", workers, parameters, cluster)
-    return Local(workers, device)
+    return Local(workers, device, spreads=True)
 
 
 @contextmanager

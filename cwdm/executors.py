@@ -35,6 +35,10 @@ _POLL_SECONDS = 0.5
 _LARGEST_SHARE = 8
 _AT_A_TIME = 2
 """Tasks of an actor: one is read or written while the other is computed."""
+_ENOUGH = 4
+"""Tasks that make up for the seconds in which a process begins."""
+_MEMORY = 8 * 2**30
+"""Bytes of a machine for each process that computes on it."""
 
 
 class Executor(Protocol):
@@ -57,10 +61,15 @@ class Local:
     workers: int | None = None
     """Processes in all, which take the devices in turn."""
     device: str = "auto"
+    spreads: bool = False
+    """On a CPU and not told how many, take as many processes as it has cores, if there is memory
+    and enough to do: cores that share a case wait for each other. Processes begin by importing the
+    program again, so a script that says so has to be under ``if __name__ == "__main__"``."""
 
     def run(self, begin: Begin, tasks: Sequence[Any], *, alone: bool = False) -> Iterator[None]:
         devices = _devices(self.device)
-        workers = 1 if alone else min(self.workers or len(devices), len(tasks))
+        several = self.workers or max(len(devices), self._spread(devices, len(tasks)))
+        workers = 1 if alone else min(several, len(tasks))
         if workers == 1 and not alone:
             yield from begin(devices[0])(tasks)
             return
@@ -89,6 +98,12 @@ class Local:
             raise
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _spread(self, devices: Sequence[str], tasks: int) -> int:
+        if not self.spreads or any(device.startswith("cuda") for device in devices):
+            return 1
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return min(_cores(), memory // _MEMORY, tasks // _ENOUGH)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from cwdm import executors
 from cwdm.cohort import Tally, due, run
 from cwdm.errors import InputError
 from cwdm.executors import Local
@@ -476,3 +477,19 @@ def test_an_array_job_does_all_cases(cohort: Path, output: Path) -> None:
     assert set(begun(output).values()) == {1}
     _, err = start(cohort, output, "slurm", "refuses=true").communicate(timeout=180)
     assert "InputError: model.safetensors: no such file" in err
+
+
+@pytest.mark.parametrize(
+    ("cores", "gib", "tasks", "processes"),
+    [(2, 24, 20, 2), (2, 24, 7, 1), (64, 256, 1000, 32), (64, 256, 40, 10), (4, 4, 100, 1)],
+)
+def test_a_processor_is_shared_out_if_there_is_enough_to_do(
+    monkeypatch: pytest.MonkeyPatch, cores: int, gib: int, tasks: int, processes: int
+) -> None:
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": gib * 2**30 // 4096}
+    monkeypatch.setattr(os, "sysconf", pages.__getitem__)
+    monkeypatch.setattr(executors, "_cores", lambda: cores)
+    for device in ("cpu", "auto"):
+        assert max(1, Local(spreads=True)._spread([device], tasks)) == processes
+        assert Local()._spread([device], tasks) == 1
+    assert Local(spreads=True)._spread(["cuda:0", "cuda:1"], tasks) == 1
