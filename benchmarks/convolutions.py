@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.benchmark import Compare, Measurement, Timer
 
-from cwdm.fast import transposed
+from cwdm.streamed import transposed
 
 SHAPES = ((128, 24), (256, 12))
 """Channels and voxels a side before they are repeated."""

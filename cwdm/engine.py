@@ -22,7 +22,7 @@ from cwdm.fast import FastUNet, Replayed, accelerated
 from cwdm.intensity import NORMALIZATIONS
 from cwdm.memory import Footprint, footprint
 from cwdm.model import Model, build_denoiser
-from cwdm.passes import Passes
+from cwdm.passes import Passes, Way
 from cwdm.sampling import SAMPLERS, Draw, ddim
 
 __all__ = [
@@ -89,6 +89,12 @@ class Engine:
         if self.device.type == "cuda" and isinstance(self.denoiser.backbone, FastUNet):
             self.denoiser.backbone = Replayed(self.denoiser.backbone)
         return self.denoiser
+
+    @property
+    def way(self) -> Way:
+        """How what lies between convolutions is computed."""
+        by_torch = self.streamed and self.device.type != "cpu"
+        return "torch" if by_torch else self.passes.way
 
     def fit(self, size: Sequence[int]) -> None:
         """Keep to the limit of memory with images of so many voxels.

@@ -170,7 +170,7 @@ class Generator:
             sampler=settings.sampler,
             steps=settings.steps,
             precision="bf16" if engine.bf16 else "fp32",
-            passes=engine.passes.way,
+            passes=engine.way,
             device=str(engine.device),
             compat=compat,
             normalization=config.images.normalization,

@@ -240,7 +240,7 @@ class Synthesizer:
             sampler=settings.sampler,
             steps=settings.steps,
             precision="bf16" if engine.bf16 else "fp32",
-            passes=engine.passes.way,
+            passes=engine.way,
             device=str(engine.device),
             compat=compat,
             normalization="published" if compat else config.images.normalization,
