@@ -25,7 +25,7 @@ def memory_line(engine: Engine, size: Sequence[int]) -> str:
     )
     if needed <= there:
         return line
-    if not engine.streamed:
+    if engine.streamable and not engine.streamed:
         line += ": too little, but --memory-limit keeps it to a few planes at a time"
     elif not engine.bf16 and (half := engine.peak(size, bf16=True)) < there:
         line += f": too little, but --precision bf16 takes about {gigabytes(half)}"

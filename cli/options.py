@@ -37,8 +37,10 @@ def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int
     if value is None:
         return None
     found = re.fullmatch(rf"(\d+\.?\d*) ?({'|'.join(_UNITS)})", value)
-    if not found:
-        raise click.BadParameter(f"{value!r} is no amount, expected 1.5GB or 900MB", ctx, param)
+    if not found or float(found[1]) == 0:
+        raise click.BadParameter(
+            f"{value!r} is no amount, expected such as 1.5GB, 900MB, 2GiB or 900MiB", ctx, param
+        )
     return int(float(found[1]) * _UNITS[found[2]])
 
 

@@ -4,6 +4,7 @@ What synthesis and generation share. It knows tensors, not cases.
 """
 
 import resource
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -24,6 +25,7 @@ from cwdm.memory import Footprint, footprint
 from cwdm.model import Model, build_denoiser
 from cwdm.passes import Passes, Way
 from cwdm.sampling import SAMPLERS, Draw, ddim
+from cwdm.unet import UNet
 
 __all__ = [
     "LONG",
@@ -47,7 +49,7 @@ LONG = 20
 _LIBRARIES = 96 * 2**20
 """Bytes that libraries take on a processor when they first compute, for kernels and threads."""
 
-TURN = threading.Lock()
+TURN = threading.RLock()
 """One network at a time computes in a process; other threads read and write meanwhile."""
 
 
@@ -77,10 +79,12 @@ class Engine:
         self.bf16 = not reference and choose_bf16(precision, self.device)
         self.passes = Passes(self.device)
         self.compiled = compiled
-        self.streamed = self.device.type == "cpu"
-        limited = memory_limit is not None and not reference and not self.streamed
+        self.streamable = isinstance(model.denoiser.backbone, UNet) and not reference
+        self.streamed = self.streamable and self.device.type == "cpu"
+        limited = memory_limit is not None and self.streamable and not self.streamed
         self._spare = deepcopy(model.denoiser) if limited else None
         self.model = replace(model, denoiser=self._installed(model.denoiser))
+        self._held = sys.maxsize
 
     def _installed(self, denoiser: Denoiser) -> Denoiser:
         if not self.reference:
@@ -106,15 +110,22 @@ class Engine:
             InputError: even that takes more.
         """
         limit = self.memory_limit
-        if limit is None or (needed := self.peak(size)) <= limit:
+        if limit is None:
             return
-        if self._spare is not None:
-            spare, self._spare, self.streamed = self._spare, None, True
-            self.model = replace(self.model, denoiser=self._installed(spare))
-            self.fit(size)
-            return
+        with TURN:
+            if self.peak(size) > limit and self._spare is not None:
+                spare, self._spare, self.streamed = self._spare, None, True
+                self.model, self._held = replace(self.model, denoiser=spare), sys.maxsize
+                self._installed(spare)
+                self.model = replace(self.model, denoiser=self.denoiser)
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+            if (needed := self.peak(size)) <= limit:
+                return
         half = limit if self.bf16 or self.reference else self.peak(size, bf16=True)
-        better = "--precision bf16" if half < limit else f"a limit of {gigabytes(needed)}"
+        better = (
+            "--precision bf16" if half < limit else f"a limit of {gigabytes(needed * 21 // 20)}"
+        )
         raise InputError(
             f"{self.model.config.name}: {'x'.join(map(str, size))} voxels take about "
             f"{gigabytes(needed)}, found a limit of {gigabytes(limit)}, expected {better}"
@@ -167,12 +178,16 @@ class Engine:
 
     def peak(self, size: Sequence[int], *, bf16: bool | None = None) -> int:
         """About how many bytes this process, or the GPU, will hold at most during such a chain;
-        as `footprint`."""
-        held = resident("VmRSS") + _LIBRARIES
-        if self.device.type == "cuda":
-            held = torch.cuda.memory_allocated(self.device)
+        as `footprint`.
+
+        What it holds without one is the least that was seen: an earlier chain leaves memory that
+        the next uses again.
+        """
+        on_gpu = self.device.type == "cuda"
+        held = torch.cuda.memory_allocated(self.device) if on_gpu else resident("VmRSS")
+        self._held = min(self._held, held)
         needed = self.footprint(size, bf16=bf16)
-        return held + needed.network + needed.sampler
+        return self._held + needed.network + needed.sampler + (0 if on_gpu else _LIBRARIES)
 
     @torch.inference_mode()
     def run(

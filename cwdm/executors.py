@@ -102,8 +102,7 @@ class Local:
     def _spread(self, devices: Sequence[str], tasks: int) -> int:
         if not self.spreads or any(device.startswith("cuda") for device in devices):
             return 1
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return min(_cores(), memory // _MEMORY, tasks // _ENOUGH)
+        return min(_cores(), _memory() // _MEMORY, tasks // _ENOUGH)
 
 
 @dataclass(frozen=True)
@@ -215,6 +214,15 @@ def _cores() -> int:
     """That this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _memory() -> int:
+    """Bytes that this process may use, of the machine or the container it is in."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # no number: no limit
+            there = min(there, int(Path("/sys/fs/cgroup", limit).read_text()))
+    return there
 
 
 def _shares(tasks: Sequence[Any], size: int) -> list[Sequence[Any]]:

@@ -37,7 +37,7 @@ _THRESHOLD = 0.04
 _CLOSING = 1
 """Voxels by which the foreground grows and shrinks again, so that cracks close. With more, specks
 around the brain become part of it."""
-_MAY_DIFFER = {"cwdm", "torch", "device", "seconds", "warnings", "use"}
+_MAY_DIFFER = {"cwdm", "torch", "device", "passes", "seconds", "warnings", "use"}
 """What two records of one sample need not share."""
 
 
@@ -100,7 +100,11 @@ class Generator:
                 "background from the brain, expected published, published-wdm or hounsfield"
             )
         self.engine = Engine(model, device=device, precision=precision, memory_limit=memory_limit)
-        self.model = self.engine.model
+
+    @property
+    def model(self) -> Model:
+        """As it runs."""
+        return self.engine.model
 
     @classmethod
     def load(
@@ -229,7 +233,8 @@ class Generator:
         if volume.voxels.min() == volume.voxels.max():
             warnings += ("The image is empty: all of it is background.",)
         seconds = round(time.perf_counter() - began, 3)
-        return Sample(volume, replace(planned, seconds=seconds, warnings=warnings))
+        done = replace(planned, seconds=seconds, warnings=warnings, passes=engine.way)
+        return Sample(volume, done)
 
     def _shape(self, size: Sequence[int]) -> tuple[int, ...]:
         """Of the noise: (1, channels, X', Y', Z')."""

@@ -196,13 +196,15 @@ class Passes:
 
     def choose(self, *, compiled: bool = False) -> Way:
         """The way from now on: kernels where they work, else compiled if wanted and possible."""
-        self.way: Way = "torch"
+        way: Way = "torch"
         whole: Sequence[Callable[..., Any]] = _WHOLE
-        self.fill, self.put = fill, put
+        windows: tuple[Callable[..., Any], ...] = (fill, put)
         if self.device.type == "cuda" and (found := kernels()):
-            self.way, whole = "kernels", [getattr(found, each.__name__) for each in _WHOLE]
+            way, whole = "kernels", [getattr(found, each.__name__) for each in _WHOLE]
         elif compiled and self.device.type == "cpu" and loops_work():
-            self.way, self.fill, self.put = "compiled", loops(_fill_as_loop), loops(_put_as_loop)
+            way, windows = "compiled", (loops(_fill_as_loop), loops(_put_as_loop))
+        self.way: Way = way
+        self.fill, self.put = windows
         self.scaling, self.activate, self.activate_, self.add, self.averaged, self.joined = whole
         return self.way
 

@@ -23,8 +23,11 @@ from cwdm.unet import Attention, Downsample, ResBlock, UNet, Upsample, timestep_
 
 __all__ = ["StreamedUNet", "transposed"]
 
-_WORTH = 1024
-"""Voxels of a plane from which on `winograd` pays: its weights take twice the memory."""
+_FINE = 2
+"""So many levels, from the finest, are convolved by `winograd`: on others it saves little, and its
+weights take twice the memory."""
+_USUAL = (6, 64, 64)
+"""Size of a window for which weights are arranged; they do for others."""
 _LARGE = 2**27
 """Bytes of features from which on every freed page counts."""
 
@@ -88,19 +91,21 @@ class StreamedUNet(nn.Module):
         self.how = how = _How(dtype, passes, voxels, _Room())
         self.time_embed = unet.time_embed
         self.label_emb = unet.label_emb if unet.config.classes else None
-        begin, *stages = (_stage(stage, how) for stage in unet.input_blocks)
-        self.begin, self.input_blocks = begin, nn.ModuleList(stages)
-        self.middle_block = _stage(unet.middle_block, how)
+        begin, *stages = unet.input_blocks
+        self.begin, level = _Resampling(next(begin.children()), how, fine=True), _Level()
+        self.input_blocks = nn.ModuleList(_stage(stage, how, level) for stage in stages)
+        self.middle_block = _stage(unet.middle_block, how, level)
         self.output_blocks = nn.ModuleList(
-            _stage(stage, how, spent=True) for stage in unet.output_blocks
+            _stage(stage, how, level, spent=True) for stage in unet.output_blocks
         )
         norm, _, conv = unet.out
-        self.norm, self.out = norm, _Convolution(conv, how)
+        self.norm, self.out = norm, _Convolution(conv, how, fine=True)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """As `unet.UNet.forward`, one image of the batch after the other; always float32."""
         return self.joining([x], t, label)
 
+    @torch.inference_mode()
     def joining(self, parts: Sequence[Tensor], t: Tensor, label: Tensor | None = None) -> Tensor:
         """The same of parts that together have all channels."""
         self.config.check(parts[0])
@@ -115,10 +120,7 @@ class StreamedUNet(nn.Module):
         return result
 
     def _one(self, images: Sequence[Tensor], embedding: Tensor, result: Tensor) -> None:
-        def begun() -> Features:
-            return _through(self.begin, [Features(image, embedding) for image in images], embedding)
-
-        h, skips = begun(), []
+        h, skips = self.begin.convolved(images), []
         large = h.planes.device.type == "cpu" and h.planes.nbytes >= _LARGE
         for stage in self.input_blocks:
             h = _through(stage, [h], embedding)
@@ -127,7 +129,8 @@ class StreamedUNet(nn.Module):
                 give_back()
         h = _through(self.middle_block, [h], embedding)
         for stage in self.output_blocks:
-            given = [h, skips.pop() if skips else begun()]  # made again rather than kept
+            # the first skip is made again rather than kept
+            given = [h, skips.pop() if skips else self.begin.convolved(images)]
             del h  # a stage drops what it is given as soon as it can
             if self.config.additive_skips:
                 given = [_mean(given, self.how)]
@@ -157,9 +160,10 @@ class _Room:
         self._held: dict[str, Tensor] = {}
 
     def __call__(self, name: str, *shape: int, like: Tensor) -> Tensor:
+        """A tensor of that shape, with the type and on the device of another."""
         size = torch.Size(shape).numel()
         held = self._held.get(name)
-        if held is None or held.numel() < size:
+        if held is None or held.numel() < size or held.device != like.device:
             self._held.pop(name, None)
             held = self._held[name] = like.new_empty(size)
         return held[:size].view(shape)
@@ -168,13 +172,16 @@ class _Room:
 class _Convolution(nn.Module):
     """A convolution with 3 x 3 x 3 taps, perhaps of repeated voxels, by a window of planes.
 
-    Its weights are made ready for the size of the first image.
+    Args:
+        fine: of a level where `winograd` pays.
     """
 
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, conv: nn.Module, how: _How, repeat: Sequence[int] = (1, 1, 1)):
+    def __init__(
+        self, conv: nn.Module, how: _How, repeat: Sequence[int] = (1, 1, 1), *, fine: bool = False
+    ):
         super().__init__()
         assert isinstance(conv, nn.Conv3d) and conv.bias is not None  # noqa: PT018
         self.how, self.channels, self.width = how, conv.in_channels, conv.out_channels
@@ -182,10 +189,19 @@ class _Convolution(nn.Module):
         weight = conv.weight.detach()
         if max(repeat) > 1:
             weight = transposed(weight, repeat)
-        self.register_buffer("weight", weight.to(how.dtype), persistent=False)
-        self.register_buffer("bias", conv.bias.detach(), persistent=False)
-        self._ready = False
+        weight = weight.to(how.dtype)
         self._planar: list[Tensor] = []
+        on_cpu = how.passes.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        if on_cpu and max(repeat) == 1:
+            if fine and how.dtype is torch.float32 and max(self.stride) == 1:
+                self._planar = [
+                    _arranged(each, (1, 1), (1, 1)) for each in winograd.transformed(weight)
+                ]
+                weight = weight.new_empty(0)
+            else:
+                weight = _arranged(weight, self.stride, (0, 1, 1))
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", conv.bias.detach(), persistent=False)
 
     def size(self, given: Sequence[int]) -> list[int]:
         """X, Y, Z of the output, for those of the input."""
@@ -206,8 +222,6 @@ class _Convolution(nn.Module):
             shift: (out,) more bias.
         """
         length, *plane = given
-        if not self._ready:
-            self._prepare(plane)
         bias = self.bias if shift is None else self.bias + shift
         step, factor, size = self.stride[0], self.repeat[0], self.size(given)[0]
         count = winograd.PLANES * -(-self.how.voxels // (winograd.PLANES * plane[0] * plane[1]))
@@ -235,22 +249,6 @@ class _Convolution(nn.Module):
                 break  # the others take no more memory
             window[:kept] = window[-kept:]
 
-    def _prepare(self, plane: Sequence[int]) -> None:
-        """Arrange the weights for how windows of such planes are convolved."""
-        self._ready = True
-        on_cpu = self.how.passes.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        if not on_cpu or max(self.repeat) > 1:
-            return
-        large = plane[0] * plane[1] >= _WORTH
-        if large and self.how.dtype is torch.float32 and max(self.stride) == 1:
-            weights = winograd.transformed(self.weight)
-            shape = (1, self.channels, *plane)
-            self._planar = [_arranged(each, shape, (1, 1), (1, 1)) for each in weights]
-            self.weight = self.weight.new_empty(0)
-        else:
-            shape = (1, self.channels, 6, *plane)
-            self.weight = _arranged(self.weight, shape, self.stride, (0, 1, 1))
-
     def _directly(self, window: Tensor, bias: Tensor, *, padded: bool = True) -> Tensor:
         """Of a window that has its borders, or of a whole image."""
         x, bias = window[None].movedim(-1, 1), bias.to(window.dtype)
@@ -265,35 +263,36 @@ class _Convolution(nn.Module):
 
     def _by_planes(self, window: Tensor, bias: Tensor) -> Tensor:
         """`winograd`."""
-        count, *plane = len(window) - 2, *window.shape[1:3]
+        tiles, *plane = (len(window) - 2) // winograd.PLANES, *window.shape[1:3]
         inputs, outputs = (each.to(window.device) for each in (winograd.INPUT, winograd.OUTPUT))
-        seen = self._room("seen", winograd.SEEN, *plane, self.channels)
-        made = self._room("made", winograd.SEEN, *plane, self.width)
-        result = self._room("result", count, *plane, self.width)
-        for start in range(0, count, winograd.PLANES):
+        seen = self._room("seen", winograd.SEEN, tiles, *plane, self.channels)
+        made = self._room("made", winograd.SEEN, tiles, *plane, self.width)
+        result = self._room("result", tiles * winograd.PLANES, *plane, self.width)
+        for tile in range(tiles):
+            start = tile * winograd.PLANES
             given = window[start : start + winograd.SEEN].flatten(1)
-            torch.mm(inputs[:, : len(given)], given, out=seen.flatten(1))
-            for k, weight in enumerate(self._planar):
-                x, offset = seen[k][None].movedim(-1, 1), bias if k == winograd.EVERY else None
-                made[k] = _convolved(x, weight, offset, (1, 1), (1, 1))[0].movedim(0, -1)
+            torch.mm(inputs, given, out=seen[:, tile].flatten(1))
+        for k, weight in enumerate(self._planar):
+            x, offset = seen[k].movedim(-1, 1), bias if k == winograd.EVERY else None
+            made[k] = _convolved(x, weight, offset, (1, 1), (1, 1)).movedim(1, -1)
+        for tile in range(tiles):
+            start = tile * winograd.PLANES
             target = result[start : start + winograd.PLANES].flatten(1)
-            torch.mm(outputs[: len(target)], made.flatten(1), out=target)
+            torch.mm(outputs, made[:, tile].flatten(1), out=target)
         return result
 
     def _room(self, name: str, *shape: int) -> Tensor:
         return self.how.room(name, *shape, like=self.bias.new_empty(0, dtype=self.how.dtype))
 
 
-def _arranged(
-    weight: Tensor, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> Tensor:
-    """A weight as oneDNN wants it for inputs of that shape."""
-    if weight.is_meta:
+def _arranged(weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """A weight as oneDNN wants it, if it can; arranged anew at every call it would cost time."""
+    half = weight.dtype is torch.bfloat16
+    if weight.is_meta or (half and not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return weight
-    aten, ones = torch.ops.aten, [1] * len(stride)
-    reorder = (
-        aten.mkldnn_reorder_conv3d_weight if len(stride) == 3 else aten.mkldnn_reorder_conv2d_weight
-    )
+    aten, ones, flat = torch.ops.aten, [1] * len(stride), len(stride) == 2
+    reorder = aten.mkldnn_reorder_conv2d_weight if flat else aten.mkldnn_reorder_conv3d_weight
+    shape = (1, weight.shape[1], *_USUAL[-len(stride) :])
     arranged: Tensor = reorder(weight.contiguous().to_mkldnn(), padding, stride, ones, 1, shape)
     return arranged
 
@@ -370,9 +369,10 @@ class _Block(nn.Module):
 
     Args:
         spent: nobody needs its input afterwards.
+        fine: as for convolutions.
     """
 
-    def __init__(self, block: ResBlock, how: _How, *, spent: bool):
+    def __init__(self, block: ResBlock, how: _How, *, spent: bool, fine: bool):
         super().__init__()
         self.first_norm, _, conv = block.in_layers
         self.second_norm, _, _, second_conv = block.out_layers
@@ -381,8 +381,8 @@ class _Block(nn.Module):
         factors = block.factors or (1, 1, 1)
         self.repeat = factors if block.grows else (1, 1, 1)
         self.factors = (1, 1, 1) if block.grows else factors
-        self.first = _Convolution(conv, how, self.repeat)
-        self.second = _Convolution(second_conv, how)
+        self.first = _Convolution(conv, how, self.repeat, fine=fine)
+        self.second = _Convolution(second_conv, how, fine=fine)
         around = block.skip_connection
         self.around = _Pointwise(around, how) if isinstance(around, nn.Conv3d) else None
 
@@ -469,13 +469,17 @@ class _Pointwise(nn.Module):
 class _Resampling(nn.Module):
     """What is told no embedding: the first convolution, `unet.Downsample`, `unet.Upsample`."""
 
-    def __init__(self, conv: nn.Module, how: _How, repeat: Sequence[int] = (1, 1, 1)):
+    def __init__(
+        self, conv: nn.Module, how: _How, repeat: Sequence[int] = (1, 1, 1), *, fine: bool = False
+    ):
         super().__init__()
-        self.conv = _Convolution(conv, how, repeat)
+        self.conv = _Convolution(conv, how, repeat, fine=fine)
 
     def forward(self, given: list[Features], embedding: Tensor) -> Features:
-        images = [each.planes for each in given]
-        given.clear()
+        return self.convolved([given.pop().planes])
+
+    def convolved(self, images: Sequence[Tensor]) -> Features:
+        """Of (X, Y, Z, C), each with some of the channels."""
         grid = images[0].shape[:3]
         how = self.conv.how
         y = self.conv.bias.new_empty(*self.conv.size(grid), self.conv.width, dtype=how.dtype)
@@ -540,20 +544,36 @@ def _through(stage: nn.Module, given: list[Features], embedding: Tensor) -> Feat
     return given.pop()
 
 
-def _stage(stage: nn.Module, how: _How, *, spent: bool = False) -> nn.ModuleList:
+class _Level:
+    """How often the grid has been halved where a network is built."""
+
+    halved = 0
+
+    @property
+    def fine(self) -> bool:
+        return self.halved < _FINE
+
+
+def _stage(stage: nn.Module, how: _How, level: _Level, *, spent: bool = False) -> nn.ModuleList:
     """The same layers.
 
     Args:
+        level: where they begin; afterwards where they end.
         spent: nobody needs its input afterwards.
     """
     made = nn.ModuleList()
     for layer in stage.children():
         if isinstance(layer, ResBlock):
-            made.append(_Block(layer, how, spent=spent or len(made) > 0))
+            if layer.factors:
+                level.halved += -1 if layer.grows else 1
+            made.append(_Block(layer, how, spent=spent or len(made) > 0, fine=level.fine))
         elif isinstance(layer, Attention):
             made.append(_Attention(layer))
         elif isinstance(layer, Upsample):
+            level.halved -= 1
             made.append(_Resampling(layer.conv, how, layer.factors))
         else:
-            made.append(_Resampling(layer.op if isinstance(layer, Downsample) else layer, how))
+            assert isinstance(layer, Downsample)
+            level.halved += 1
+            made.append(_Resampling(layer.op, how))
     return made

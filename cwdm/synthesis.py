@@ -103,7 +103,11 @@ class Synthesizer:
                 f"= '{config.conditioning}'), expected a model for cwdm synthesize"
             )
         self.engine = Engine(model, device=device, precision=precision, memory_limit=memory_limit)
-        self.model = self.engine.model
+
+    @property
+    def model(self) -> Model:
+        """As it runs."""
+        return self.engine.model
 
     @classmethod
     def load(
@@ -180,9 +184,9 @@ class Synthesizer:
             {m: image[None, None].to(engine.device) for m, image in prepared.images.items()}
         )
         size = [n * config.transform.factor for n in cond.shape[2:]]
-        engine.prepare(settings)
         engine.fit(size)
         if announce:
+            engine.prepare(settings)
             announce(size)
         stream = published.noise_stream if compat else noise_stream
         like = volumes[sources[0]]

@@ -486,8 +486,7 @@ def test_an_array_job_does_all_cases(cohort: Path, output: Path) -> None:
 def test_a_processor_is_shared_out_if_there_is_enough_to_do(
     monkeypatch: pytest.MonkeyPatch, cores: int, gib: int, tasks: int, processes: int
 ) -> None:
-    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": gib * 2**30 // 4096}
-    monkeypatch.setattr(os, "sysconf", pages.__getitem__)
+    monkeypatch.setattr(executors, "_memory", lambda: gib * 2**30)
     monkeypatch.setattr(executors, "_cores", lambda: cores)
     for device in ("cpu", "auto"):
         assert max(1, Local(spreads=True)._spread([device], tasks)) == processes
