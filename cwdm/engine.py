@@ -115,9 +115,8 @@ class Engine:
         with TURN:
             if self.peak(size) > limit and self._spare is not None:
                 spare, self._spare, self.streamed = self._spare, None, True
-                self.model, self._held = replace(self.model, denoiser=spare), sys.maxsize
-                self._installed(spare)
-                self.model = replace(self.model, denoiser=self.denoiser)
+                self.model = replace(self.model, denoiser=self._installed(spare))
+                self._held = sys.maxsize  # what it held with the other
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
             if (needed := self.peak(size)) <= limit:

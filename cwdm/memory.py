@@ -63,7 +63,8 @@ def footprint(
             (B, channels, X, Y, Z).
         shape: (B, C, X, Y, Z), that of its input, conditions included.
         channels: those of x_t.
-        bf16: with autocast to bfloat16. Weights stay float32.
+        bf16: with autocast to bfloat16. Weights stay float32. A network that is made for inference
+            knows its own arithmetic and device: for that one neither counts.
         training: forward and backward, with the gradients.
         device: where it would run.
     """

@@ -7,7 +7,7 @@ All compute in float32, whatever the features are kept in.
 
 On a GPU they are kernels (`kernels`), for whole images: what goes around a block is added together
 with the biases of the convolutions before it (`add`), which need no pass of their own. For windows
-of an image (`streamed`), `put` and `activate` are a pass each: in bfloat16 on a processor
+of an image (`streamed`), `fill` and `put` are a pass each: in bfloat16 on a processor
 `torch.compile` can make loops in C++ of them, which takes half a minute once on a machine and three
 seconds in every process afterwards. Chains of many steps earn that back. Everywhere else torch runs
 the passes operation by operation.
@@ -211,7 +211,7 @@ class Passes:
     def outline(self) -> "Passes":
         """The same without the work: what they return is allocated, for `memory`."""
         outline = Passes(self.device)
-        outline.way, outline.fill, outline.put = self.way, fill, put
+        outline.way = self.way
         outline.scaling = lambda x, *_: torch.empty(2, x.shape[1]).unbind()
         outline.activate = lambda x, *_: torch.empty_like(x)
         outline.activate_ = outline.add = lambda *_: None

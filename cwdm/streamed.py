@@ -5,8 +5,8 @@ it takes in is normalized, activated, joined or averaged on the way, a convoluti
 of its output, and those go where nothing is needed any more, often over the input. So what lies
 between two convolutions happens in the processor's cache, and neither activated nor joined features
 ever exist as a whole. Windows overlap by just what a convolution sees, and statistics of
-normalizations are summed as planes are written: results do not depend on how many are taken at a
-time.
+normalizations are summed as planes are written: but for rounding, results do not depend on how many
+are taken at a time.
 """
 
 from collections.abc import Callable, Sequence

@@ -246,7 +246,10 @@ def brain_mask(volume: Volume) -> NDArray[np.bool_]:
 
 
 def extent(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
-    """The smallest block (X, Y, Z) that holds a mask, which is not empty."""
+    """The smallest block (X, Y, Z) that holds a mask, which is not empty.
+
+    Quicker than ndimage.find_objects, which wants labels.
+    """
     found = []
     for axis in range(mask.ndim):
         (there,) = np.nonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))

@@ -135,6 +135,8 @@ def test_it_is_the_same_network_by_large_planes(name: str) -> None:
     streamed = StreamedUNet(plain)
     for _ in range(2):  # what it keeps is used again
         assert error(streamed(x, t, *label), expected) < 1e-5
+    planar = [each for each in streamed.modules() if getattr(each, "_planar", None)]
+    assert bool(planar) == torch.backends.mkldnn.is_available()
 
 
 @torch.inference_mode()
@@ -167,6 +169,7 @@ import torch
 from cwdm.streamed import StreamedUNet
 from tests.test_fast import SMALL, error, inputs, network
 plain, given = network(SMALL), inputs(SMALL, 1)
+assert not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 with torch.inference_mode():
     assert error(StreamedUNet(plain, torch.bfloat16)(*given), plain(*given)) < 2e-2
 """
@@ -226,7 +229,7 @@ def test_the_published_network_takes_half_of_the_memory() -> None:
     shape = (1, 32, 112, 112, 80)
     plain = footprint(lambda: UNet(UNetConfig(), 32), shape)
     fast = footprint(lambda: StreamedUNet(UNet(UNetConfig(), 32)), shape)
-    assert fast.network < 0.52 * plain.network  # copies of weights among it
+    assert fast.network < 0.5 * plain.network
     half = footprint(lambda: StreamedUNet(UNet(UNetConfig(), 32), torch.bfloat16), shape)
     assert half.network < 0.35 * plain.network
 
