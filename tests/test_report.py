@@ -763,6 +763,20 @@ def test_by_keyboard_alone_from_the_top_to_a_case_and_back(page: Page) -> None:
     expect(page.locator("#images a:focus")).to_have_attribute("href", link)
 
 
+def test_keys_may_come_faster_than_the_browser_tells_of_a_change(page: Page) -> None:
+    open_worst(page)
+    links = page.locator("#images tbody a")
+    third = links.nth(2).get_attribute("href")
+    shown = page.evaluate("""() => ["j", "k", "j", "j", "Escape"].map((key) => {
+        document.body.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+        return document.activeElement.closest(".page")?.id ?? document.activeElement.hash;
+    })""")
+    pages = [str(links.nth(at).get_attribute("href")).lstrip("#") for at in (1, 0, 1, 2)]
+    assert shown == [*pages, third]
+    expect(page).to_have_url(re.compile("#top$"))
+    expect(page.locator("#images a:focus")).to_have_attribute("href", str(third))
+
+
 def test_a_case_without_volumes_has_still_pictures(page: Page, run: Path) -> None:
     best = Run.read(run).subjects[-1].case.id
     page.locator(f'#images a[href*="{best}"]').first.click()

@@ -107,7 +107,7 @@ if (one("#plot")) {
   svg.addEventListener("focusin", (event) => point(event.target.closest("circle")));
   const lead = (circle) => {
     const place = address(data.cases[circle.dataset.case], one("#modality").value);
-    if (document.getElementById(decodeURIComponent(place.slice(1)))) location.hash = place;
+    if (document.getElementById(decodeURIComponent(place.slice(1)))) go(place);
   };
   svg.addEventListener("click", (event) => { const dot = event.target.closest("circle"); if (dot) lead(dot); });
   svg.addEventListener("keydown", (event) => {  // one stop of Tab, arrows from dot to dot
@@ -389,11 +389,18 @@ function route() {
     Object.assign(inner, { number: null, volumes: {} });
     return;
   }
+  window.scrollTo(0, 0);
+  if (current?.section === target) return;
   if (!pages.has(target)) pages.set(target, new Page(target));
   current = pages.get(target);
-  window.scrollTo(0, 0);
   one("h2", target).focus({ preventScroll: true });
   current.open();
+}
+
+/** Changes the address and routes at once: the browser may tell of a change only after the next keys. */
+function go(place) {
+  location.hash = place;
+  route();
 }
 
 /** The images in the order of their table. */
@@ -401,7 +408,7 @@ function step(by) {
   const links = all("#images tbody a"), here = decodeURIComponent(location.hash);
   const at = links.findIndex((link) => decodeURIComponent(link.hash) === here);
   const next = links[(at + by + links.length + (at < 0 && by < 0)) % links.length];
-  if (next) location.hash = next.hash;
+  if (next) go(next.hash);
 }
 
 for (const button of all("[data-step]")) button.addEventListener("click", () => step(+button.dataset.step));
@@ -539,7 +546,7 @@ document.addEventListener("keydown", (event) => {
   const inside = live && event.target.closest?.(".panels");
   const actions = {
     "?": () => one("#help").showModal(), d: theme, j: () => step(1), k: () => step(-1),
-    ...(current && { Escape: () => { location.hash = "#top"; } }),
+    ...(current && { Escape: () => go("#top") }),
     ...(live && {
       ArrowLeft: () => live.move(-1), ArrowRight: () => live.move(1),
       PageDown: () => live.move(-10), PageUp: () => live.move(10),
