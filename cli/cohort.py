@@ -57,10 +57,11 @@ def choose_executor(
     address: str | None,
     slurm: tuple[str, ...],
     output: Path,
+    memory_limit: int | None = None,
 ) -> Executor:
     """The executor that the options describe."""
     from cwdm.errors import InputError
-    from cwdm.executors import Local, Ray, Slurm
+    from cwdm.executors import AMPLE, Local, Ray, Slurm
 
     if address and name != "ray":
         raise InputError("--address: found without --executor ray")
@@ -79,7 +80,7 @@ def choose_executor(
             parameters[key] = int(value) if value.isdecimal() else value
         cluster = str(parameters.pop("cluster", "slurm"))
         return Slurm(output / ".cwdm" / "slurm", workers, parameters, cluster)
-    return Local(workers, device, spreads=True)
+    return Local(workers, device, bytes_each=memory_limit or AMPLE)
 
 
 @contextmanager

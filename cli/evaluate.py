@@ -61,6 +61,7 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
     type=click.Path(path_type=Path),
     help="Model to use for its target instead of the one that ships; repeatable.",
 )
+@options.preset
 @click.option("--modality", "names", multiple=True, help="Judge only this modality; repeatable.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option(
@@ -96,6 +97,7 @@ def evaluate(
     seg: Path | None,
     protocol: "ProtocolName",
     models: tuple[Path, ...],
+    preset: str | None,
     names: tuple[str, ...],
     output: Path,
     methods: tuple[str, ...],
@@ -140,11 +142,6 @@ def evaluate(
     from cwdm.summary import (
         FILES,
         RELIABILITY_FILE,
-        contests,
-        markdown,
-        summarize,
-        trust,
-        verdicts,
         write_tables,
     )
     from cwdm.synthesis import output_paths
@@ -163,10 +160,10 @@ def evaluate(
     notes: dict[str, object] = {"truth": str(truth)}
     predict: dict[str, Predict]
     if folders:
-        if models or samples > 1 or steps or sampler:
+        if models or preset or samples > 1 or steps or sampler:
             raise InputError(
-                "found --pred and what is for synthesis (--model, --samples, --steps, --sampler), "
-                "expected one of them"
+                "found --pred and what is for synthesis (--model, --preset, --samples, --steps, "
+                "--sampler), expected one of them"
             )
         predictions = {
             name: Predictions.find(folder, cases)
@@ -181,7 +178,7 @@ def evaluate(
             name: str(folder) for name, folder in zip(judged, folders, strict=True)
         }
     else:
-        synthesizers = _synthesizers(models, targets, device, precision)
+        synthesizers = _synthesizers(models, preset, targets, device, precision)
         targets = list(synthesizers)
         synthesized = output / "predictions"
         for case in cases:  # fail before the work, not after
@@ -224,18 +221,15 @@ def evaluate(
                 bar.update()
     if not folders:
         predictions = {judged[0]: Predictions.find(synthesized, cases)}
-    table, maps = tabulate(scores), tabulate(reliabilities)
     write_tables(
-        table,
+        tabulate(scores),
         output,
         notes={**notes, "images": images(cases, predictions, targets, output)},
-        reliabilities=maps,
+        reliabilities=tabulate(reliabilities),
         overwrite=overwrite,
     )
-    summary = summarize(table)
-    lines = [*verdicts(summary), *contests(table), *trust(maps)]
-    text = PROTOCOLS[protocol].text
-    click.echo("\n".join([text, "", markdown(summary), *lines, f"Written to {output}"]))
+    said = (output / "summary.md").read_text(encoding="utf-8")
+    click.echo(f"{said}\nWritten to {output}")
 
 
 def _names(given: "Sequence[str]", folders: "Sequence[Path]") -> list[str]:
@@ -255,7 +249,11 @@ def _names(given: "Sequence[str]", folders: "Sequence[Path]") -> list[str]:
 
 
 def _synthesizers(
-    models: "Sequence[Path]", targets: "Sequence[Modality]", device: str, precision: "Precision"
+    models: "Sequence[Path]",
+    preset: str | None,
+    targets: "Sequence[Modality]",
+    device: str,
+    precision: "Precision",
 ) -> "dict[Modality, Synthesizer]":
     """One per target; without targets, for the targets of the models, without models for all."""
     from cwdm.errors import InputError
@@ -265,7 +263,7 @@ def _synthesizers(
 
     given: dict[Modality, Model] = {}
     for path in models:
-        model = load_model(path)
+        model = load_model(path, targets[0] if len(targets) == 1 else None, preset=preset)
         wanted = [target for target in model.config.targets if target in (targets or SEQUENCES)]
         if not wanted or any(target in given for target in wanted):
             expected = "one model each" if wanted else ", ".join(targets or SEQUENCES)
@@ -275,7 +273,7 @@ def _synthesizers(
         given |= dict.fromkeys(wanted, model)
     return {
         target: Synthesizer(
-            given.get(target) or load_model(default_model(target)),
+            given.get(target) or load_model(default_model(target), preset=preset),
             target,
             device=device,
             precision=precision,

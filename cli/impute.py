@@ -90,7 +90,13 @@ def impute(
     from cwdm.layouts import find
 
     chosen = shared.choose_executor(
-        executor, workers=workers, device=device, address=address, slurm=slurm, output=output
+        executor,
+        workers=workers,
+        device=device,
+        address=address,
+        slurm=slurm,
+        output=output,
+        memory_limit=memory_limit,
     )
     apart(source, output)
     found = find(source)

@@ -102,7 +102,7 @@ def overlap(
     if lesions:
         with atomic_write(output / FILE, overwrite) as temporary:
             pd.DataFrame(map(asdict, counted)).to_csv(temporary, index=False)
-    lines = [*_means(summarize(table, seed=seed)), *_tests(differences(table))]
+    lines = [*_means(summarize(table, seed=seed)), *_tests(differences(table, seed=seed))]
     lines += _lesions(counted)
     click.echo("\n".join([*lines, "", PROTOCOL, f"Written to {output}"]))
 

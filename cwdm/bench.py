@@ -497,11 +497,8 @@ def _network(ground: Ground, way: Way) -> dict[str, Work]:
 
 
 def _backward(ground: Ground, way: Way) -> dict[str, Work]:
-    (denoiser, network, bf16), size, device = (
-        _trainable(ground, way),
-        ground.setup.size,
-        ground.device,
-    )
+    denoiser, network, bf16 = _trainable(ground, way)
+    size, device = ground.setup.size, ground.device
     inputs = _inputs(ground.config, size, device)
     weight = next(denoiser.parameters())
 

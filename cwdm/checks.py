@@ -13,14 +13,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from cwdm import spoilt
 from cwdm.alignment import COARSE_MM, FINE_MM, Image, align
 from cwdm.case import Case
 from cwdm.errors import InputError
 from cwdm.modality import SEQUENCES, Modality
-from cwdm.volume import Volume, brain_mask, read_volume, read_volumes
+from cwdm.volume import Volume, brain_mask, extent, read_volume, read_volumes
 
 __all__ = ["Finding", "Kind", "examine", "findings", "read_fit"]
 
@@ -132,7 +131,7 @@ def findings(volumes: Mapping[Modality, Volume]) -> list[Finding]:
     apart = {m for each in found if each.kind != "duplicate" for m in each.modalities}
     rest = {m: volume for m, volume in volumes.items() if m not in apart}
     if rest and _are_large([masks[m] for m in rest], next(iter(rest.values())).affine):
-        box = _box([masks[m] for m in rest])
+        box = extent(np.logical_or.reduce([masks[m] for m in rest]), margin=1)
         masks = {m: masks[m][box] for m in rest}
         rest = {m: replace(volume, voxels=volume.voxels[box]) for m, volume in rest.items()}
         found += [*_fields(rest, masks), *_intensities(rest, masks), *_qualities(rest, masks)]
@@ -144,12 +143,6 @@ def _are_large(masks: Sequence[NDArray[np.bool_]], affine: NDArray[np.float64]) 
     common = np.logical_and.reduce(masks)
     ml = common.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000
     return bool(min(common.shape) >= _FEWEST_VOXELS and ml >= _SMALLEST_BRAIN_ML)
-
-
-def _box(masks: Sequence[NDArray[np.bool_]]) -> tuple[slice, ...]:
-    """Where any of the masks is, and a voxel around it where the grid has one."""
-    (box,) = ndimage.find_objects(np.logical_or.reduce(masks).astype(np.uint8))
-    return tuple(slice(max(each.start - 1, 0), each.stop + 1) for each in box)
 
 
 def _skulls(
@@ -188,7 +181,7 @@ def _registration(
     if not _are_large(list(masks.values()), affine):
         return []
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    (box,) = ndimage.find_objects(np.logical_or.reduce(list(masks.values())).astype(np.uint8))
+    box = extent(np.logical_or.reduce(list(masks.values())))
     pyramids = {
         modality: [
             Image.of(volume.voxels[box], masks[modality][box], spacing, mm)

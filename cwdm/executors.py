@@ -24,7 +24,7 @@ import torch
 
 from cwdm.errors import InputError
 
-__all__ = ["Begin", "Executor", "Local", "Ray", "Slurm", "Work", "end_with_parent"]
+__all__ = ["AMPLE", "Begin", "Executor", "Local", "Ray", "Slurm", "Work", "end_with_parent"]
 
 Work = Callable[[Sequence[Any]], Iterator[None]]
 """Does a share of the tasks; goes on to the next when it is asked to."""
@@ -37,8 +37,8 @@ _AT_A_TIME = 2
 """Tasks of an actor: one is read or written while the other is computed."""
 _ENOUGH = 4
 """Tasks that make up for the seconds in which a process begins."""
-_MEMORY = 8 * 2**30
-"""Bytes of a machine for each process that computes on it."""
+AMPLE = 8 * 2**30
+"""Bytes in which a process completes or segments any case of a brain at 1 mm."""
 
 
 class Executor(Protocol):
@@ -61,10 +61,11 @@ class Local:
     workers: int | None = None
     """Processes in all, which take the devices in turn."""
     device: str = "auto"
-    spreads: bool = False
-    """On a CPU and not told how many, take as many processes as it has cores, if there is memory
-    and enough to do: cores that share a case wait for each other. Processes begin by importing the
-    program again, so a script that says so has to be under ``if __name__ == "__main__"``."""
+    bytes_each: int | None = None
+    """What a process may take of memory. On a CPU and not told how many, there are then as many
+    processes as it has cores, if there is memory and enough to do: cores that share a case wait for
+    each other. Processes begin by importing the program again, so a script that says so has to be
+    under ``if __name__ == "__main__"``."""
 
     def run(self, begin: Begin, tasks: Sequence[Any], *, alone: bool = False) -> Iterator[None]:
         devices = _devices(self.device)
@@ -100,9 +101,9 @@ class Local:
             pool.shutdown(cancel_futures=True)
 
     def _spread(self, devices: Sequence[str], tasks: int) -> int:
-        if not self.spreads or any(device.startswith("cuda") for device in devices):
+        if self.bytes_each is None or any(device.startswith("cuda") for device in devices):
             return 1
-        return min(_cores(), _memory() // _MEMORY, tasks // _ENOUGH)
+        return min(_cores(), _memory() // self.bytes_each, tasks // _ENOUGH)
 
 
 @dataclass(frozen=True)
@@ -216,12 +217,12 @@ def _cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def _memory() -> int:
+def _memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes that this process may use, of the machine or the container it is in."""
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("memory.max", "memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError):  # no number: no limit
-            there = min(there, int(Path("/sys/fs/cgroup", limit).read_text()))
+            there = min(there, int(Path(groups, limit).read_text()))
     return there
 
 

@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from cwdm.volume import extent
+
 __all__ = ["Aligned", "Similarity", "affine_fit", "intensity_range", "mae", "mse", "ncc", "psnr"]
 __all__ += ["ssim", "ssim_map", "volume_ssim"]
 
@@ -95,9 +97,8 @@ class Aligned:
             )
         if not brain.any():
             raise ValueError("the brain mask is empty")
-        x, y, z = ndimage.find_objects(brain.astype(np.uint8))[0]
-        brain = brain[x, y, z]
-        prediction, truth = prediction[x, y, z], truth[x, y, z]
+        box = extent(brain)
+        brain, prediction, truth = brain[box], prediction[box], truth[box]
         slope, offset = affine_fit(prediction, truth, brain, rising=rising)
         low, high = intensity_range(truth, brain)
         fitted = (slope * prediction.astype(np.float32) + (offset - low)) / (high - low)
@@ -106,7 +107,7 @@ class Aligned:
             prediction=np.where(brain, fitted, 0).astype(np.float32),
             truth=np.where(brain, shares, 0).astype(np.float32),
             brain=brain,
-            box=(x, y, z),
+            box=box,
         )
 
 
@@ -222,11 +223,10 @@ def _maps(
     """
     similarity = np.ones(truth.shape, dtype=np.float32)
     contrast = np.ones(truth.shape, dtype=np.float32)
-    found = ndimage.find_objects(((prediction != 0) | (truth != 0)).astype(np.uint8))
-    if not found:
+    there = (prediction != 0) | (truth != 0)
+    if not there.any():
         return similarity, contrast
-    margin = SSIM_TAPS - 1
-    box = tuple(slice(max(side.start - margin, 0), side.stop + margin) for side in found[0])
+    box = extent(there, SSIM_TAPS - 1)
     p = np.asarray(prediction[box], dtype=np.float32) / np.float32(data_range)
     t = np.asarray(truth[box], dtype=np.float32) / np.float32(data_range)
     c1, c2 = SSIM_K1**2, SSIM_K2**2

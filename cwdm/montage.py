@@ -22,7 +22,7 @@ from cwdm.errors import InputError
 from cwdm.files import atomic_write
 from cwdm.metrics import Aligned, intensity_range, psnr, ssim
 from cwdm.modality import Modality
-from cwdm.volume import Volume, brain_mask, read_volumes
+from cwdm.volume import Volume, brain_mask, extent, read_volumes
 
 if TYPE_CHECKING:
     from cwdm.synthesis import Synthesis  # loads torch, which no picture needs
@@ -135,7 +135,7 @@ def montage(
     )
     given = ", ".join(NAMES[modality] for modality in acquired)
     heading = f"{name}, synthesized from {given}"
-    box = _crop(brain, spacing_mm)
+    box = extent(brain, [round(MARGIN_MM / step) for step in spacing_mm])
     middle = _middle(brain, tumor if _any(tumor) else None)
     return _Sheet(columns, box, middle, spacing_mm, brain, tumor).draw(heading, case_id, feet)
 
@@ -395,24 +395,13 @@ def _uncrop(aligned: Aligned, shape: tuple[int, ...]) -> tuple[Voxels, Voxels]:
     return both[0], both[1]
 
 
-def _crop(brain: Mask, spacing_mm: tuple[float, float, float]) -> tuple[slice, slice, slice]:
-    """The bounding box of the brain with a margin, inside the array."""
-    box = ndimage.find_objects(brain.astype(np.uint8))[0]
-    x, y, z = (
-        slice(max(0, s.start - round(MARGIN_MM / step)), min(n, s.stop + round(MARGIN_MM / step)))
-        for s, step, n in zip(box, spacing_mm, brain.shape, strict=True)
-    )
-    return x, y, z
-
-
 def _middle(brain: Mask, tumor: Mask | None) -> tuple[int, int, int]:
     """The slice to show along each axis: the middle of the brain, or where the tumor is large.
 
     The areas of tumor and brain are multiplied, which prefers slices that show both.
     """
     if tumor is None:
-        box = ndimage.find_objects(brain.astype(np.uint8))[0]
-        x, y, z = ((s.start + s.stop) // 2 for s in box)
+        x, y, z = ((side.start + side.stop) // 2 for side in extent(brain))
     else:
         across = [tuple(a for a in range(3) if a != axis) for axis in range(3)]
         x, y, z = (int((tumor.sum(axes) * brain.sum(axes)).argmax()) for axes in across)

@@ -22,12 +22,12 @@ from cwdm.engine import Precision, choose_bf16, choose_device
 from cwdm.errors import InputError
 from cwdm.modality import Modality
 from cwdm.segmentation import Labels, Region, from_regions
+from cwdm.volume import extent
 
 __all__ = ["CHANNELS", "MSNet", "Network", "tensor_shapes"]
 
 Voxels = NDArray[np.float32]
 Mask = NDArray[np.bool_]
-Box = tuple[slice, ...]
 
 CHANNELS = (Modality.T2F, Modality.T1N, Modality.T1C, Modality.T2W)
 """Order of the input channels."""
@@ -257,7 +257,7 @@ class MSNet:
         for region in Region:
             if not search.any():
                 break
-            box = _box(search)
+            box = extent(search, _MARGIN)
             if region is Region.WT:
                 channels[:, *box] = _standardize(channels[:, *box], generator)
             crop = torch.from_numpy(channels[:, *box])
@@ -323,12 +323,6 @@ def _inner(x: Tensor, lost: int, batch: int) -> Tensor:
 def _turn(image: Voxels) -> Voxels:
     """From (X, Y, Z) in canonical orientation to the networks' axes."""
     return np.ascontiguousarray(image[::-1, ::-1].T)
-
-
-def _box(mask: Mask) -> Box:
-    """What holds all of a mask, and the margin around it as far as the image goes."""
-    (box,) = ndimage.find_objects(mask.astype(np.uint8))
-    return tuple(slice(max(0, side.start - _MARGIN), side.stop + _MARGIN) for side in box)
 
 
 def _standardize(channels: Voxels, generator: torch.Generator) -> Voxels:

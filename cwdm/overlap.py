@@ -216,9 +216,9 @@ def summarize(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     )
 
 
-def differences(table: pd.DataFrame) -> pd.DataFrame:
+def differences(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     """Every other method against the first one, see `significance.paired`."""
-    return paired(table, FIGURES, ["region"], table["method"].iloc[0])
+    return paired(table, FIGURES, ["region"], table["method"].iloc[0], seed)
 
 
 def write_tables(
@@ -242,7 +242,7 @@ def write_tables(
         "seed": seed,
         **notes,
         "summary": summary.to_dict("records"),
-        "tests": differences(table).to_dict("records"),
+        "tests": differences(table, seed=seed).to_dict("records"),
     }
     texts = (
         table.to_csv(index=False),

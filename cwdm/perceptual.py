@@ -16,13 +16,13 @@ from typing import Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cwdm.engine import choose_device
 from cwdm.fidelity import med3d
 from cwdm.files import sha256
+from cwdm.volume import extent
 
 __all__ = ["Perceptual"]
 
@@ -97,8 +97,8 @@ class Perceptual:
 
 def _box(prediction: Voxels, truth: Voxels) -> tuple[slice, ...]:
     """Around what is not 0 in either; all, where both are 0."""
-    found = ndimage.find_objects(((prediction != 0) | (truth != 0)).astype(np.uint8))
-    return found[0] if found else (slice(None),) * truth.ndim
+    there = (prediction != 0) | (truth != 0)
+    return extent(there) if there.any() else (slice(None),) * truth.ndim
 
 
 def _shares(mask: Mask, cells: Sequence[int]) -> Voxels:

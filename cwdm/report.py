@@ -46,7 +46,7 @@ from cwdm.provenance import Interval, Source, read_interval, sidecar, warnings_f
 from cwdm.segmentation import brats_labels, regions
 from cwdm.significance import METHODS
 from cwdm.summary import ERASED, SHOWN_FIGURES, TUMOR_REGIONS
-from cwdm.volume import Volume, brain_mask, read_labels, read_map, read_volumes
+from cwdm.volume import Volume, brain_mask, extent, read_labels, read_map, read_volumes
 
 __all__ = [
     "Page",
@@ -181,7 +181,7 @@ def picture(run: Run, subject: Subject, *, volumes: bool = True) -> Picture:
     if not whole.any():
         raise InputError(f"{first.path}: the image is empty, expected a brain")
     spacing = voxel_size_mm(first.affine)
-    box = _box(whole, spacing)
+    box = extent(whole, [round(MARGIN_MM / step) for step in spacing])
     cut = None if labels is None else labels[box]
     shown = {
         str(modality): _Shown(_windowed(volume.voxels, brains[modality])[box])
@@ -383,17 +383,6 @@ def _rows(run: Run, case: str, modality: Modality) -> list[Row]:
             )
         )
     return rows
-
-
-def _box(brain: Mask, spacing_mm: tuple[float, float, float]) -> Box:
-    """Around the brain, with a margin, inside the array."""
-    found = ndimage.find_objects(brain.astype(np.uint8))[0]
-    margins = [round(MARGIN_MM / step) for step in spacing_mm]
-    x, y, z = (
-        slice(max(side.start - margin, 0), min(side.stop + margin, size))
-        for side, margin, size in zip(found, margins, brain.shape, strict=True)
-    )
-    return x, y, z
 
 
 def _range(

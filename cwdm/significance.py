@@ -46,7 +46,7 @@ def _resamples(count: int, seed: int) -> NDArray[np.float64]:
 
 
 def paired(
-    table: pd.DataFrame, figures: Sequence[str], by: Sequence[str], against: str
+    table: pd.DataFrame, figures: Sequence[str], by: Sequence[str], against: str, seed: int = 0
 ) -> pd.DataFrame:
     """Every other method against one of them, over the cases that both have.
 
@@ -55,6 +55,7 @@ def paired(
         figures: columns to compare.
         by: columns whose values are compared apart.
         against: one of the methods.
+        seed: of the resamples.
 
     Returns:
         A row per value of `by`, method and figure: against, cases, difference (mean), low and high
@@ -69,7 +70,7 @@ def paired(
                 difference = (wide[figure, method] - wide[figure, against]).dropna()
                 if difference.empty:
                     continue
-                low, high = interval(difference)
+                low, high = interval(difference, seed)
                 rows.append(
                     {
                         **dict(zip(by, keys, strict=True)),

@@ -10,7 +10,7 @@ import gzip
 import itertools
 import math
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -245,16 +245,22 @@ def brain_mask(volume: Volume) -> NDArray[np.bool_]:
     return mask
 
 
-def extent(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
+def extent(mask: NDArray[np.bool_], margin: int | Sequence[int] = 0) -> tuple[slice, slice, slice]:
     """The smallest block (X, Y, Z) that holds a mask, which is not empty.
 
     Quicker than ndimage.find_objects, which wants labels.
+
+    Args:
+        margin: voxels around it, the same or for each axis, as far as the array goes.
     """
     found = []
-    for axis in range(mask.ndim):
-        (there,) = np.nonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
-        found.append(slice(int(there[0]), int(there[-1]) + 1))
-    return tuple(found)
+    margins = (margin,) * 3 if isinstance(margin, int) else margin
+    for axis, (size, around) in enumerate(zip(mask.shape, margins, strict=True)):
+        (there,) = np.nonzero(mask.any(axis=tuple({0, 1, 2} - {axis})))
+        first, last = int(there[0]), int(there[-1])
+        found.append(slice(max(first - around, 0), min(last + 1 + around, size)))
+    x, y, z = found
+    return x, y, z
 
 
 def _description(path: Path) -> str:

@@ -12,11 +12,13 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
-from click.testing import CliRunner
+import torch
+from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 
 from cwdm.case import Case, read_case
 from cwdm.cli.main import cwdm
+from cwdm.config import Config, Images
 from cwdm.errors import InputError
 from cwdm.evaluate import (
     Predict,
@@ -36,6 +38,7 @@ from cwdm.evaluate import (
 from cwdm.files import sha256
 from cwdm.metrics import Aligned, mae, mse, ncc, psnr, ssim
 from cwdm.modality import SEQUENCES, Modality
+from cwdm.model import build_denoiser
 from cwdm.protocols import FIGURES, PROTOCOLS, REGIONS
 from cwdm.provenance import read_interval
 from cwdm.summary import (
@@ -49,6 +52,7 @@ from cwdm.summary import (
     write_tables,
 )
 from cwdm.uncertainty import Uncertainty
+from cwdm.unet import UNetConfig
 from cwdm.volume import brain_mask, read_volume
 
 MakeImage = Callable[..., Path]
@@ -657,6 +661,29 @@ def test_the_command_keeps_what_it_synthesizes_and_judges_its_interval(
     words[words.index("--output") + 1] = simulated / "run"
     result = CliRunner().invoke(cwdm, [str(word) for word in words])
     assert "found it in or around the input" in result.stderr
+
+
+def test_the_command_judges_a_published_checkpoint(simulated: Path, tmp_path: Path) -> None:
+    """Neither its name nor its tensors tell what this one makes."""
+    network = UNetConfig(channels=8, multipliers=(1, 1), res_blocks=1, groups=4)
+    config = Config(name="x", target=T2F, images=Images(normalization="published"), network=network)
+    checkpoint = tmp_path / "brats.pt"
+    torch.save(build_denoiser(config).backbone.state_dict(), checkpoint)
+    words = ["evaluate", "--truth", simulated, "--output", tmp_path / "run", "--steps", 1]
+    words += ["--model", checkpoint]
+
+    def run(*more: str) -> Result:
+        return CliRunner().invoke(cwdm, [str(word) for word in [*words, *more]])
+
+    result = run()
+    assert result.exit_code == 2
+    assert "--preset" in result.stderr
+    assert "not the network of preset cwdm-t2f" in run("--preset", "cwdm-t2f").stderr
+    result = run("--modality", "t2f")
+    assert result.exit_code == 0, result.output
+    assert "t2f: cwdm is not better than every floor" in result.stdout
+    words[words.index("--model") :] = ["--preset", "cwdm-t2f"]
+    assert "tells what it is, expected no --preset" in run().stderr
 
 
 def test_the_command_refuses_to_overwrite_before_it_works(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import cwdm
 from cwdm.case import find_cases, read_case
 from cwdm.cli.main import cwdm as command
 from cwdm.errors import InputError
-from cwdm.executors import Ray
+from cwdm.executors import AMPLE, Local, Ray
 from cwdm.files import sha256
 from cwdm.imputation import Imputation, impute, plan
 from cwdm.layouts import Layout, find
@@ -81,6 +82,28 @@ def test_a_cohort_comes_out_complete(cohort: Path, any_model: Path, tmp_path: Pa
     assert "4 unchanged" in again.stdout
     other = run("impute", "--input", cohort, "--output", output, "--model", any_model)
     assert "4 done" in other.stdout  # another seed
+
+
+@pytest.mark.parametrize(("given", "each"), [([], AMPLE), (["--memory-limit", "3GB"], 3 * 10**9)])
+def test_the_limit_of_memory_says_how_many_processes_there_may_be(
+    cohort: Path,
+    any_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: list[str],
+    each: int,
+) -> None:
+    asked = []
+
+    def spread(self: Local, devices: Sequence[str], tasks: int) -> int:
+        asked.append(self.bytes_each)
+        return 1
+
+    monkeypatch.setattr(Local, "_spread", spread)
+    words = ["impute", "--input", cohort, "--output", tmp_path / "out", "--model", any_model]
+    result = run(*words, "--device", "cpu", *given)
+    assert "4 done" in result.stdout
+    assert asked == [each]
 
 
 def test_the_same_from_python(cohort: Path, any_model: Path, tmp_path: Path) -> None:

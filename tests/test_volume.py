@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
 from scipy import ndimage
 
@@ -20,6 +21,7 @@ from cwdm.errors import InputError
 from cwdm.modality import SEQUENCES, Modality
 from cwdm.volume import (
     brain_mask,
+    extent,
     is_synthetic,
     new_volume,
     read_labels,
@@ -477,6 +479,19 @@ def test_holes_in_the_brain_belong_to_it(ball: Ball) -> None:
     mask = brain_mask(new_volume(voxels, np.eye(4)))
     np.testing.assert_array_equal(mask, brain)
     np.testing.assert_array_equal(mask, ndimage.binary_fill_holes(voxels != 0))
+
+
+@given(
+    mask=npst.arrays(bool, st.tuples(*[st.integers(1, 5)] * 3)).filter(np.any),
+    margin=st.integers(0, 3) | st.tuples(*[st.integers(0, 3)] * 3),
+)
+def test_the_extent_of_a_mask_is_that_of_its_dilation(
+    mask: NDArray[np.bool_], margin: int | tuple[int, int, int]
+) -> None:
+    margins = (margin,) * 3 if isinstance(margin, int) else margin
+    wide = ndimage.maximum_filter(mask, [2 * each + 1 for each in margins], mode="constant")
+    (expected,) = ndimage.find_objects(wide.astype(np.uint8))
+    assert extent(mask, margin) == expected
 
 
 def test_interpolation_dust_is_background(ball: Ball) -> None:
