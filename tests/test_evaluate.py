@@ -682,7 +682,7 @@ def test_the_command_judges_a_published_checkpoint(simulated: Path, tmp_path: Pa
     result = run("--modality", "t2f")
     assert result.exit_code == 0, result.output
     assert "t2f: cwdm is not better than every floor" in result.stdout
-    words[words.index("--model") :] = ["--preset", "cwdm-t2f"]
+    words[words.index("--model") :] = ["--preset", "cwdm-t2f", "--overwrite"]
     assert "tells what it is, expected no --preset" in run().stderr
 
 
