@@ -542,8 +542,7 @@ def _import(ground: Ground, way: Way) -> dict[str, Work]:
 
 def _synthesis(ground: Ground, way: Way) -> dict[str, Work]:
     engine = _engine(ground, way)
-    synthesizer = Synthesizer(engine.model, device=str(engine.device))
-    synthesizer.engine = engine
+    synthesizer = Synthesizer(engine.model, engine=engine)
     case, output = read_case(ground.case), ground.folder / way
     stages: dict[str, Callable[..., Any]] = {
         "read": read_volumes,

@@ -3,15 +3,15 @@
 What synthesis and generation share. It knows tensors, not cases.
 """
 
+import math
 import resource
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,17 @@ from cwdm.denoiser import Denoiser
 from cwdm.errors import InputError
 from cwdm.fast import FastUNet, Replayed, accelerated
 from cwdm.intensity import NORMALIZATIONS
-from cwdm.memory import Footprint, footprint
+from cwdm.memory import Footprint, footprint, give_back
 from cwdm.model import Model, build_denoiser
 from cwdm.passes import Passes, Way
 from cwdm.sampling import SAMPLERS, Draw, ddim
+from cwdm.streamed import StreamedUNet
 from cwdm.unet import UNet
 
 __all__ = [
     "LONG",
     "TURN",
+    "Chain",
     "Engine",
     "Precision",
     "Progress",
@@ -46,11 +48,21 @@ Progress = Callable[[int, int], None]
 LONG = 20
 """Steps from which on compiling pays."""
 
-_LIBRARIES = 96 * 2**20
-"""Bytes that libraries take on a processor when they first compute, for kernels and threads."""
+_LIBRARIES = 64 * 2**20
+"""Bytes on a processor that libraries take when they first compute, for kernels and threads, and
+that the C library keeps of what was freed."""
 
-TURN = threading.RLock()
+TURN = threading.Lock()
 """One network at a time computes in a process; other threads read and write meanwhile."""
+
+
+class Chain(NamedTuple):
+    """One that was run."""
+
+    image: Tensor
+    """(B, 1, X, Y, Z) in network units, within the model's range."""
+    way: Way
+    """How what lies between convolutions was computed."""
 
 
 class Engine:
@@ -82,9 +94,10 @@ class Engine:
         self.streamable = isinstance(model.denoiser.backbone, UNet) and not reference
         self.streamed = self.streamable and self.device.type == "cpu"
         limited = memory_limit is not None and self.streamable and not self.streamed
+        self._ways = (False, True) if limited else (self.streamed,)
         self._spare = deepcopy(model.denoiser) if limited else None
+        self._footprints: dict[tuple[object, ...], Footprint] = {}
         self.model = replace(model, denoiser=self._installed(model.denoiser))
-        self._held = sys.maxsize
 
     def _installed(self, denoiser: Denoiser) -> Denoiser:
         if not self.reference:
@@ -94,41 +107,47 @@ class Engine:
             self.denoiser.backbone = Replayed(self.denoiser.backbone)
         return self.denoiser
 
-    @property
-    def way(self) -> Way:
-        """How what lies between convolutions is computed."""
-        by_torch = self.streamed and self.device.type != "cpu"
-        return "torch" if by_torch else self.passes.way
-
     def fit(self, size: Sequence[int]) -> None:
         """Keep to the limit of memory with images of so many voxels.
 
-        On a GPU a network whose features would take more works a few planes at a time from now
-        on; on a processor it always does.
+        On a GPU the network works a few planes at a time where whole features take more; on a
+        processor it always does.
 
         Raises:
             InputError: even that takes more.
         """
+        with TURN:
+            self._fit(size)
+
+    def _fit(self, size: Sequence[int]) -> None:
         limit = self.memory_limit
         if limit is None:
             return
-        with TURN:
-            if self.peak(size) > limit and self._spare is not None:
-                spare, self._spare, self.streamed = self._spare, None, True
-                self.model = replace(self.model, denoiser=self._installed(spare))
-                self._held = sys.maxsize  # what it held with the other
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
-            if (needed := self.peak(size)) <= limit:
+        needed, half = [], [limit]
+        for streamed in self._ways:
+            needed.append(self.peak(size, streamed=streamed))
+            if needed[-1] <= limit:
+                self._install(streamed)
                 return
-        half = limit if self.bf16 or self.reference else self.peak(size, bf16=True)
+        if not self.bf16 and not self.reference:
+            half = [self.peak(size, bf16=True, streamed=streamed) for streamed in self._ways]
+        least = min(needed)
         better = (
-            "--precision bf16" if half < limit else f"a limit of {gigabytes(needed * 21 // 20)}"
+            "--precision bf16" if min(half) < limit else f"a limit of {gigabytes(least * 21 // 20)}"
         )
         raise InputError(
             f"{self.model.config.name}: {'x'.join(map(str, size))} voxels take about "
-            f"{gigabytes(needed)}, found a limit of {gigabytes(limit)}, expected {better}"
+            f"{gigabytes(least)}, found a limit of {gigabytes(limit)}, expected {better}"
         )
+
+    def _install(self, streamed: bool) -> None:
+        """The network that works so, if it is another."""
+        if streamed == self.streamed or self._spare is None:
+            return
+        self.streamed = streamed
+        self.model = replace(self.model, denoiser=self._installed(deepcopy(self._spare)))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def prepare(self, settings: Sampling) -> list[int]:
         """The times of a chain, falling; what lies between convolutions is computed from now on as
@@ -155,38 +174,58 @@ class Engine:
         values["sampling"] |= {key: value for key, value in wanted.items() if value is not None}
         return Config.parse(values, f"model {config.name}").sampling
 
-    def footprint(self, size: Sequence[int], *, bf16: bool | None = None) -> Footprint:
+    def footprint(
+        self, size: Sequence[int], *, bf16: bool | None = None, streamed: bool | None = None
+    ) -> Footprint:
         """What a chain takes for one image of so many voxels along X, Y, Z.
 
         Args:
             bf16: in that precision, instead of the one that it runs in.
+            streamed: a few planes at a time or not, instead of as it runs now.
         """
         config = self.model.config
         transform = config.transform
+        half = self.bf16 if bf16 is None else bf16
+        by_planes = self.streamed if streamed is None else streamed
 
         def build() -> nn.Module:
             plain = build_denoiser(config)
             if self.reference:
                 return plain.backbone
-            half = self.bf16 if bf16 is None else bf16
             outline = self.passes.outline()
-            return accelerated(plain, outline, bf16=half, streamed=self.streamed).backbone
+            return accelerated(plain, outline, bf16=half, streamed=by_planes).backbone
 
-        shape = (1, config.in_channels, *(n // transform.factor for n in size))
-        return footprint(build, shape, channels=transform.channels, device=self.device)
+        key = (*size, half, by_planes)
+        if key not in self._footprints:
+            shape = (1, config.in_channels, *(n // transform.factor for n in size))
+            self._footprints[key] = footprint(
+                build, shape, channels=transform.channels, device=self.device
+            )
+        return self._footprints[key]
 
-    def peak(self, size: Sequence[int], *, bf16: bool | None = None) -> int:
-        """About how many bytes this process, or the GPU, will hold at most during such a chain;
-        as `footprint`.
+    def peak(
+        self, size: Sequence[int], *, bf16: bool | None = None, streamed: bool | None = None
+    ) -> int:
+        """About how many bytes this process, or the GPU, will hold at most during such a chain, if
+        it holds what it does now besides; as `footprint`."""
+        by_planes = self.streamed if streamed is None else streamed
+        needed = self.footprint(size, bf16=bf16, streamed=by_planes)
+        if self.device.type == "cuda":
+            held = torch.cuda.memory_allocated(self.device)
+            if self.streamable and not by_planes:
+                held += self._recorded(size)
+        else:
+            give_back()
+            held = resident("VmRSS") + _LIBRARIES
+        network = self.denoiser.backbone  # whatever it keeps it uses again, or lets go
+        again = network.kept if isinstance(network, StreamedUNet | Replayed) else 0
+        return held - again + needed.network + needed.sampler
 
-        What it holds without one is the least that was seen: an earlier chain leaves memory that
-        the next uses again.
-        """
-        on_gpu = self.device.type == "cuda"
-        held = torch.cuda.memory_allocated(self.device) if on_gpu else resident("VmRSS")
-        self._held = min(self._held, held)
-        needed = self.footprint(size, bf16=bf16)
-        return self._held + needed.network + needed.sampler + (0 if on_gpu else _LIBRARIES)
+    def _recorded(self, size: Sequence[int]) -> int:
+        """Bytes that `fast.Replayed` reads and writes."""
+        config = self.model.config
+        voxels = math.prod(n // config.transform.factor for n in size)
+        return 4 * (config.in_channels + config.transform.channels) * voxels
 
     @torch.inference_mode()
     def run(
@@ -198,14 +237,17 @@ class Engine:
         label: int | None = None,
         told: int | None = None,
         progress: Progress | None = None,
-    ) -> Tensor:
-        """One chain: an image (B, 1, X, Y, Z) in network units, within the model's range.
+    ) -> Chain:
+        """One chain.
 
         Args:
             draw: N(0, 1) noise (B, channels, X', Y', Z') on this device, a new one at each call.
             cond: coefficients of the conditioning images, if the model takes them.
             label: number of the target, if the model has several.
             told: tell the network this time instead of the true one.
+
+        Raises:
+            InputError: as `fit`.
         """
         with TURN:
             return self._run(settings, draw, cond, label, told, progress)
@@ -218,7 +260,7 @@ class Engine:
         label: int | None,
         told: int | None,
         progress: Progress | None,
-    ) -> Tensor:
+    ) -> Chain:
         config = self.model.config
         normalization = NORMALIZATIONS[config.images.normalization]
         low, high = normalization.low, normalization.high
@@ -231,16 +273,21 @@ class Engine:
             estimate = self.denoiser.x_0(output, x_t, times, cond)
             return config.transform.clamp(estimate, low, high) if settings.clamp else estimate
 
+        noise = draw()
+        self._fit([n * config.transform.factor for n in noise.shape[2:]])
         times = self.prepare(settings)
         chain = SAMPLERS[settings.sampler]
         if settings.sampler == "ddim":
             chain = partial(ddim, eta=settings.eta)
-        x = self.denoiser.start(draw(), cond)
+        x = self.denoiser.start(noise, cond)
+        del noise
         for done, x_s in enumerate(chain(denoise, x, config.process, times, draw), start=1):
             x = x_s
             if progress:
                 progress(done, len(times) - 1)
-        return config.transform.decode(x).clamp(low, high)
+        by_torch = self.streamed and self.device.type != "cpu"  # kernels are for whole images
+        way: Way = "torch" if by_torch else self.passes.way
+        return Chain(config.transform.decode(x).clamp(low, high), way)
 
 
 def choose_device(name: str) -> torch.device:

@@ -147,6 +147,13 @@ class Replayed(nn.Module):
         self._shape: torch.Size | None = None
         self._recording: _Recording | None = None
 
+    @property
+    def kept(self) -> int:
+        """Bytes of what a recording reads and writes."""
+        if self._recording is None:
+            return 0
+        return sum(each.nbytes for each in (*self._recording.inputs, self._recording.output))
+
     def forward(self, *given: Tensor) -> Tensor:
         """As the network's."""
         if (shape := given[0].shape) != self._shape:

@@ -174,7 +174,6 @@ class Generator:
             sampler=settings.sampler,
             steps=settings.steps,
             precision="bf16" if engine.bf16 else "fp32",
-            passes=engine.way,
             device=str(engine.device),
             compat=compat,
             normalization=config.images.normalization,
@@ -221,19 +220,19 @@ class Generator:
         )
         engine.fit(planned.size)
         stream = seed + number if compat else _seed(seed, number)
-        image = engine.run(
+        chain = engine.run(
             engine.settings(sampler, steps),
             noise_stream(self._shape(planned.size), stream, engine.device),
             label=config.targets.index(planned.target) if len(config.targets) > 1 else None,
             progress=progress,
         )
-        voxels = image[0, 0].float().cpu().numpy()
+        voxels = chain.image[0, 0].float().cpu().numpy()
         volume = _published(voxels) if compat else self._volume(voxels, planned.target_scale)
         warnings = planned.warnings
         if volume.voxels.min() == volume.voxels.max():
             warnings += ("The image is empty: all of it is background.",)
         seconds = round(time.perf_counter() - began, 3)
-        done = replace(planned, seconds=seconds, warnings=warnings, passes=engine.way)
+        done = replace(planned, seconds=seconds, warnings=warnings, passes=chain.way)
         return Sample(volume, done)
 
     def _shape(self, size: Sequence[int]) -> tuple[int, ...]:

@@ -41,8 +41,8 @@ __all__ = [
 
 Way = Literal["kernels", "compiled", "torch"]
 
-_PIECE = 2**18
-"""Numbers that torch works on at a time on a processor."""
+_PIECE = {"cpu": 2**18, "cuda": 2**22}
+"""Numbers that torch works on at a time: what a processor's cache holds, what keeps a GPU busy."""
 
 
 def rows(x: Tensor) -> Tensor:
@@ -62,13 +62,11 @@ def sums(x: Tensor) -> Tensor:
 
 
 def _pieces(*images: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """A few rows of each at a time, which stay in the cache of a processor.
+    """A few rows of each at a time.
 
     Of tensors without numbers (`memory`) the first: the others take no more.
     """
-    if images[0].is_cuda:
-        return [images]
-    count = max(1, _PIECE // images[0].shape[1])
+    count = max(1, _PIECE["cuda" if images[0].is_cuda else "cpu"] // images[0].shape[1])
     parts = zip(*(image.split(count) for image in images), strict=True)
     return [next(parts)] if images[0].is_meta else parts
 
@@ -211,7 +209,16 @@ class Passes:
     def outline(self) -> "Passes":
         """The same without the work: what they return is allocated, for `memory`."""
         outline = Passes(self.device)
-        outline.way = self.way
+        piece = _PIECE[self.device.type]
+
+        def pieces(x: Tensor) -> None:
+            torch.empty(2, min(piece, x.numel()))
+
+        def put(x: Tensor, *_: Any) -> Tensor:
+            pieces(x)
+            return torch.empty(2, x.shape[1])
+
+        outline.fill, outline.put = lambda x, *_: pieces(x), put
         outline.scaling = lambda x, *_: torch.empty(2, x.shape[1]).unbind()
         outline.activate = lambda x, *_: torch.empty_like(x)
         outline.activate_ = outline.add = lambda *_: None

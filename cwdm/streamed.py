@@ -9,6 +9,7 @@ normalizations are summed as planes are written: but for rounding, results do no
 are taken at a time.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -101,6 +102,11 @@ class StreamedUNet(nn.Module):
         norm, _, conv = unet.out
         self.norm, self.out = norm, _Convolution(conv, how, fine=True)
 
+    @property
+    def kept(self) -> int:
+        """Bytes of windows, which the next evaluation uses again."""
+        return self.how.room.kept
+
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """As `unet.UNet.forward`, one image of the batch after the other; always float32."""
         return self.joining([x], t, label)
@@ -158,6 +164,11 @@ class _Room:
 
     def __init__(self) -> None:
         self._held: dict[str, Tensor] = {}
+
+    @property
+    def kept(self) -> int:
+        """Bytes."""
+        return sum(held.nbytes for held in self._held.values())
 
     def __call__(self, name: str, *shape: int, like: Tensor) -> Tensor:
         """A tensor of that shape, with the type and on the device of another."""
@@ -224,7 +235,9 @@ class _Convolution(nn.Module):
         length, *plane = given
         bias = self.bias if shift is None else self.bias + shift
         step, factor, size = self.stride[0], self.repeat[0], self.size(given)[0]
-        count = winograd.PLANES * -(-self.how.voxels // (winograd.PLANES * plane[0] * plane[1]))
+        in_four = winograd.PLANES * plane[0] * plane[1] * math.prod(self.repeat)
+        most = -(-length // (winograd.PLANES * step))
+        count = winograd.PLANES * min(-(-self.how.voxels // in_four), most)
         if count * step >= length and not self._planar:
             window = self._room("window", length, *plane, self.channels)
             read(0, length, window)
@@ -258,7 +271,11 @@ class _Convolution(nn.Module):
         else:
             h = _convolved(x, self.weight, bias, self.stride, (1 - padded, 1, 1))
         if h.is_meta:  # where the order in memory is not the true one
-            h = torch.empty_like(h, memory_format=torch.channels_last_3d)
+            shape = h.shape
+            del h
+            h = torch.empty(
+                shape, dtype=x.dtype, device="meta", memory_format=torch.channels_last_3d
+            )
         return h[0].movedim(0, -1).contiguous()
 
     def _by_planes(self, window: Tensor, bias: Tensor) -> Tensor:

@@ -89,7 +89,9 @@ class Synthesizer:
         device: str = "auto",
         precision: Precision = "auto",
         memory_limit: int | None = None,
+        engine: Engine | None = None,
     ):
+        """Of the options only `target` counts if the engine that runs the model is given."""
         config = model.config
         self.target = target or config.targets[0]
         if self.target not in config.targets:
@@ -102,7 +104,9 @@ class Synthesizer:
                 f"{model.path}: {config.name} is given no other sequences of a case (conditioning "
                 f"= '{config.conditioning}'), expected a model for cwdm synthesize"
             )
-        self.engine = Engine(model, device=device, precision=precision, memory_limit=memory_limit)
+        self.engine = engine or Engine(
+            model, device=device, precision=precision, memory_limit=memory_limit
+        )
 
     @property
     def model(self) -> Model:
@@ -194,14 +198,15 @@ class Synthesizer:
         moments = Moments()
         for number in range(samples):
             shape = (1, config.transform.channels, *cond.shape[2:])
-            image = engine.run(
+            chain = engine.run(
                 settings,
                 stream(shape, seed + number, engine.device),
                 cond=cond,
                 label=self._label,
                 told=published.network_time(config.process, settings) if compat else None,
                 progress=progress and _part(progress, number, samples),
-            )[0, 0]
+            )
+            image = chain.image[0, 0]
             if compat:
                 volume = (
                     published.sample(prepared, image)
@@ -244,7 +249,7 @@ class Synthesizer:
             sampler=settings.sampler,
             steps=settings.steps,
             precision="bf16" if engine.bf16 else "fp32",
-            passes=engine.way,
+            passes=chain.way,
             device=str(engine.device),
             compat=compat,
             normalization="published" if compat else config.images.normalization,

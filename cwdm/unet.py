@@ -52,6 +52,8 @@ class UNetConfig:
     """Number of labels the network can be told, 0 for none."""
 
     def __post_init__(self) -> None:
+        if self.res_blocks < 1:
+            raise ValueError(f"res_blocks = {self.res_blocks}, expected at least 1")
         widths = [self.channels * m for m in self.multipliers]
         if bad := [w for w in widths if w % self.groups]:
             raise ValueError(f"groups = {self.groups} does not divide the width {bad[0]}")
@@ -156,7 +158,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         flat = x.flatten(2)
         qkv = self.qkv(self.norm(flat)).unflatten(1, (self.heads, 3, -1)).transpose(-1, -2)
-        h = F.scaled_dot_product_attention(*qkv.unbind(2)).transpose(-1, -2)
+        # in other orders in memory a processor would make the matrix of all pairs of positions
+        q, k, v = (each.contiguous() for each in qkv.unbind(2))
+        h = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2)
         attended: Tensor = flat + self.proj_out(h.flatten(1, 2))
         return attended.view_as(x)
 

@@ -219,13 +219,13 @@ class Validation:
         """A chain under the conditions of a sample, and its truth: images (1, 1, X, Y, Z)."""
         ((truth, cond, label),) = self._inputs([sample])
         shape = self.config.transform.encode(truth).shape
-        image = engine.run(
+        chain = engine.run(
             settings,
             noise_stream(shape, seed, engine.device),
             cond=cond,
             label=None if label is None else int(label),
         )
-        return image.cpu(), truth.cpu()
+        return chain.image.cpu(), truth.cpu()
 
     def _patch_score(self, image: Tensor, truth: Tensor) -> dict[str, Any]:
         """As ``compare``, of a block of a training case: what an overfit run has to reach."""

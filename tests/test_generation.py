@@ -21,7 +21,7 @@ from cwdm.cli.main import cwdm as command
 from cwdm.config import Config, Images, Sampling
 from cwdm.denoiser import Denoiser
 from cwdm.diffusion import Diffusion
-from cwdm.engine import Engine
+from cwdm.engine import Chain, Engine
 from cwdm.errors import InputError
 from cwdm.files import sha256
 from cwdm.generation import Generator, Sample, foreground, is_done, sample_paths
@@ -393,7 +393,7 @@ def test_an_error_in_the_middle_leaves_whole_samples(
     words = ("--model", save(), "--count", 3, "--output", tmp_path / "out")
     real, calls = Engine.run, []
 
-    def fail(*args: Any, **options: Any) -> torch.Tensor:
+    def fail(*args: Any, **options: Any) -> Chain:
         calls.append(args)
         if len(calls) == 2:
             raise MemoryError

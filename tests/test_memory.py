@@ -1,11 +1,19 @@
 """The estimate of memory, against closed forms, published networks and what torch allocates."""
 
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from cwdm import memory
 from cwdm.memory import footprint
+from cwdm.passes import Passes
+from cwdm.streamed import StreamedUNet
 from cwdm.unet import UNet, UNetConfig
 from cwdm.wavelet import filters
 from cwdm.wavunet import WavUNet, WavUNetConfig
@@ -31,7 +39,7 @@ def test_a_chain_takes_what_is_alive_at_once() -> None:
     found = footprint(Chain, (1, 1, 8, 9, 10), channels=1)
     assert found.network == 4 * voxels * (1 + 3 + 2 + 2)
     assert found.weights == 4 * (3 + 3 + 6 + 2)
-    assert found.sampler == 4 * voxels * 6
+    assert found.sampler == 4 * voxels * 2
     assert found.total == found.network + found.weights + found.sampler
 
 
@@ -80,12 +88,55 @@ def test_half_precision_takes_less_but_not_for_the_weights() -> None:
 
 def test_conditions_are_part_of_the_input_but_not_of_the_sampler() -> None:
     found = footprint(lambda: UNet(SMALL, 32), (1, 32, 8, 8, 8))
-    assert found.sampler == 6 * 4 * 8 * 8**3
+    assert found.sampler == 2 * 4 * 8 * 8**3
 
 
 def test_a_network_with_labels() -> None:
     config = UNetConfig(channels=8, multipliers=(1,), groups=4, classes=4)
     assert footprint(lambda: UNet(config, 8), (1, 8, 8, 8, 8)).network > 0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SMALL,
+        replace(SMALL, classes=3, attention_factors=(2,), middle_attention=True, heads=2),
+        replace(SMALL, additive_skips=True, scale_shift=True, resample_in_blocks=False),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_operations_return_is_known_as_torch_finds_it(
+    monkeypatch: pytest.MonkeyPatch, config: UNetConfig, dtype: torch.dtype
+) -> None:
+    known = memory._outlined
+    compared = set()
+
+    def compare(func: Any, args: Any, kwargs: Any) -> Any:
+        found = known(func, args, kwargs)
+        if found is not None:
+            expected = func(*args, **kwargs)
+            assert (found.shape, found.dtype) == (expected.shape, expected.dtype), func
+            compared.add(func._schema.name)
+        return found
+
+    monkeypatch.setattr(memory, "_outlined", compare)
+    outline = Passes("cpu").outline()
+    footprint(lambda: StreamedUNet(UNet(config, 32), dtype, outline), (1, 32, 8, 8, 8))
+    assert {"aten::linear", "aten::addmm", "aten::mean", "aten::arange"} <= compared
+
+
+def test_an_estimate_does_not_load_the_compiler() -> None:
+    """Which takes a second and 140 MB."""
+    code = """
+import sys
+from cwdm.engine import Engine
+from cwdm.model import find_model, load_model
+for name in ("small-t2f", "small-brain"):
+    engine = Engine(load_model(find_model(name)), device="cpu", precision="fp32")
+    assert engine.footprint((64, 64, 64)).network > 0
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_nothing_without_numbers_stays_behind() -> None:

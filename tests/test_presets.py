@@ -124,7 +124,7 @@ def test_an_unconditional_preset_trains_and_makes_something_from_noise(name, cas
     engine = Engine(model, device="cpu", precision="fp32")
     x, y, z = (n // config.transform.factor for n in config.images.size)
     draw = noise_stream((1, config.transform.channels, x, y, z), seed=1)
-    image = engine.run(engine.settings(steps=2), draw)
+    image = engine.run(engine.settings(steps=2), draw).image
     assert image.shape == (1, 1, *config.images.size)
     assert image.isfinite().all()
     assert image.min() >= -1
