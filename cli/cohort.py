@@ -58,8 +58,14 @@ def choose_executor(
     slurm: tuple[str, ...],
     output: Path,
     memory_limit: int | None = None,
+    spreads: bool = True,
 ) -> Executor:
-    """The executor that the options describe."""
+    """The executor that the options describe.
+
+    Args:
+        memory_limit: bytes for each process.
+        spreads: take several processes on a CPU without being told so.
+    """
     from cwdm.errors import InputError
     from cwdm.executors import AMPLE, Local, Ray, Slurm
 
@@ -80,7 +86,8 @@ def choose_executor(
             parameters[key] = int(value) if value.isdecimal() else value
         cluster = str(parameters.pop("cluster", "slurm"))
         return Slurm(output / ".cwdm" / "slurm", workers, parameters, cluster)
-    return Local(workers, device, bytes_each=memory_limit or AMPLE)
+    each = memory_limit or AMPLE
+    return Local(workers, device, bytes_each=each if spreads else None)
 
 
 @contextmanager

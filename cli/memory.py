@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -38,4 +37,6 @@ def _machine(device: torch.device) -> tuple[str, int]:
         import torch
 
         return "this GPU", torch.cuda.get_device_properties(device).total_memory
-    return "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    from cwdm.engine import capacity
+
+    return "this machine", capacity()

@@ -90,11 +90,18 @@ def segment(
     from cwdm.errors import InputError
     from cwdm.handoff import segment as segment_all
     from cwdm.imputation import Imputation
+    from cwdm.segmenters import PROGRAMS
 
     if replace and not impute_missing:
         raise InputError("--replace: found without --impute-missing")
     chosen = shared.choose_executor(
-        executor, workers=workers, device=device, address=address, slurm=slurm, output=output
+        executor,
+        workers=workers,
+        device=device,
+        address=address,
+        slurm=slurm,
+        output=output,
+        spreads=model.partition(":")[0] not in PROGRAMS,
     )
     how = Imputation(replace=replace, precision=precision)  # type: ignore[arg-type]
     with shared.progress("segmenting") as report:

@@ -18,8 +18,9 @@ from cwdm import spoilt
 from cwdm.alignment import COARSE_MM, FINE_MM, Image, align
 from cwdm.case import Case
 from cwdm.errors import InputError
+from cwdm.masks import extent
 from cwdm.modality import SEQUENCES, Modality
-from cwdm.volume import Volume, brain_mask, extent, read_volume, read_volumes
+from cwdm.volume import Volume, brain_mask, read_volume, read_volumes
 
 __all__ = ["Finding", "Kind", "examine", "findings", "read_fit"]
 

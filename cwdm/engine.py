@@ -4,9 +4,11 @@ What synthesis and generation share. It knows tensors, not cases.
 """
 
 import math
+import os
 import resource
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -35,6 +37,7 @@ __all__ = [
     "Engine",
     "Precision",
     "Progress",
+    "capacity",
     "choose_bf16",
     "choose_device",
     "gigabytes",
@@ -320,6 +323,15 @@ def choose_bf16(precision: Precision, device: torch.device) -> bool:
 def gigabytes(size: int) -> str:
     """Bytes as a person reads them."""
     return f"{size / 1e9:.{2 if size < 1e9 else 1 if size < 1e10 else 0}f} GB"
+
+
+def capacity(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process may use, of the machine or the container it is in."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # no number: no limit
+            there = min(there, int(Path(groups, limit).read_text()))
+    return there
 
 
 def resident(figure: str) -> int:

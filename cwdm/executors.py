@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
+from cwdm.engine import capacity
 from cwdm.errors import InputError
 
 __all__ = ["AMPLE", "Begin", "Executor", "Local", "Ray", "Slurm", "Work", "end_with_parent"]
@@ -103,7 +104,7 @@ class Local:
     def _spread(self, devices: Sequence[str], tasks: int) -> int:
         if self.bytes_each is None or any(device.startswith("cuda") for device in devices):
             return 1
-        return min(_cores(), _memory() // self.bytes_each, tasks // _ENOUGH)
+        return min(_cores(), capacity() // self.bytes_each, tasks // _ENOUGH)
 
 
 @dataclass(frozen=True)
@@ -215,15 +216,6 @@ def _cores() -> int:
     """That this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def _memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this process may use, of the machine or the container it is in."""
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # no number: no limit
-            there = min(there, int(Path(groups, limit).read_text()))
-    return there
 
 
 def _shares(tasks: Sequence[Any], size: int) -> list[Sequence[Any]]:

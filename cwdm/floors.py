@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from cwdm.errors import InputError
+from cwdm.masks import extent
 from cwdm.modality import SEQUENCES, Modality, others
-from cwdm.volume import Volume, brain_mask, extent
+from cwdm.volume import Volume, brain_mask
 
 __all__ = ["CaseFeatures", "Kind", "VoxelRegression", "VoxelSample", "blurred", "constant_brain"]
 __all__ += ["erased", "zeros"]

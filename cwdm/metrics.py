@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from cwdm.volume import extent
+from cwdm.masks import extent
 
 __all__ = ["Aligned", "Similarity", "affine_fit", "intensity_range", "mae", "mse", "ncc", "psnr"]
 __all__ += ["ssim", "ssim_map", "volume_ssim"]

@@ -20,9 +20,10 @@ from scipy import ndimage
 
 from cwdm.errors import InputError
 from cwdm.files import atomic_write
+from cwdm.masks import extent
 from cwdm.metrics import Aligned, intensity_range, psnr, ssim
 from cwdm.modality import Modality
-from cwdm.volume import Volume, brain_mask, extent, read_volumes
+from cwdm.volume import Volume, brain_mask, read_volumes
 
 if TYPE_CHECKING:
     from cwdm.synthesis import Synthesis  # loads torch, which no picture needs

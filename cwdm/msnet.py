@@ -20,9 +20,9 @@ from torch.nn import functional
 
 from cwdm.engine import Precision, choose_bf16, choose_device
 from cwdm.errors import InputError
+from cwdm.masks import extent
 from cwdm.modality import Modality
 from cwdm.segmentation import Labels, Region, from_regions
-from cwdm.volume import extent
 
 __all__ = ["CHANNELS", "MSNet", "Network", "tensor_shapes"]
 

@@ -22,7 +22,7 @@ from torch.nn import functional
 from cwdm.engine import choose_device
 from cwdm.fidelity import med3d
 from cwdm.files import sha256
-from cwdm.volume import extent
+from cwdm.masks import extent
 
 __all__ = ["Perceptual"]
 

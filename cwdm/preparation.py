@@ -17,8 +17,9 @@ from torch import Tensor
 
 from cwdm.config import Images, Orientation
 from cwdm.intensity import NORMALIZATIONS, Normalization, Scale
+from cwdm.masks import extent
 from cwdm.modality import Modality
-from cwdm.volume import Volume, brain_mask, extent
+from cwdm.volume import Volume, brain_mask
 
 __all__ = ["FLIPS", "Box", "Frame", "Prepared", "inside", "majority", "prepare"]
 

@@ -38,6 +38,7 @@ from cwdm.answers import (
 from cwdm.case import Case
 from cwdm.errors import InputError
 from cwdm.files import atomic_write, sha256
+from cwdm.masks import extent
 from cwdm.metrics import RANGE_QUANTILES, Aligned, affine_fit, intensity_range
 from cwdm.modality import Modality
 from cwdm.montage import NAMES as MODALITY_NAMES
@@ -46,7 +47,7 @@ from cwdm.provenance import Interval, Source, read_interval, sidecar, warnings_f
 from cwdm.segmentation import brats_labels, regions
 from cwdm.significance import METHODS
 from cwdm.summary import ERASED, SHOWN_FIGURES, TUMOR_REGIONS
-from cwdm.volume import Volume, brain_mask, extent, read_labels, read_map, read_volumes
+from cwdm.volume import Volume, brain_mask, read_labels, read_map, read_volumes
 
 __all__ = [
     "Page",

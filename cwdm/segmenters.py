@@ -52,7 +52,7 @@ from cwdm.segmentation import (
 )
 from cwdm.volume import Volume, brain_mask, read_volumes
 
-__all__ = ["DEFAULT", "KINDS", "Network", "load"]
+__all__ = ["DEFAULT", "KINDS", "PROGRAMS", "Network", "load"]
 
 DEFAULT = "default"
 """The segmenter that ships with cwdm."""
@@ -68,6 +68,9 @@ KINDS = {
     "brats": "TASK",
 }
 """What a segmenter may be, and what follows the colon."""
+
+PROGRAMS = ("command", "brats")
+"""Of those, what is not part of this process, and may want all cores for a case."""
 
 _EXAMPLE = '{"channels": ["t1n", "t1c", "t2w", "t2f"], "regions": ["WT", "TC", "ET"]}'
 _READING = {"LoadImaged", "EnsureChannelFirstd", "EnsureTyped", "ToTensord", "ToDeviced"}

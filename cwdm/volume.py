@@ -10,7 +10,7 @@ import gzip
 import itertools
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ from scipy import ndimage
 from cwdm.case import Case
 from cwdm.errors import InputError
 from cwdm.files import atomic_write
+from cwdm.masks import extent
 from cwdm.modality import Modality
 
 _SAME_GRID_MM = 1e-2
@@ -193,7 +194,8 @@ def write_volume(
     stored = orientations.apply_orientation(voxels, back).reshape(header.get_data_shape())
     dtype = header.get_data_dtype()
     if np.issubdtype(dtype, np.integer):
-        if (slope, inter) != (1, 0) or not np.issubdtype(stored.dtype, np.floating):
+        exact = np.issubdtype(stored.dtype, np.floating) and dtype.itemsize <= 2
+        if (slope, inter) != (1, 0) or not exact:  # in float32, limits of int32 are others
             stored = (stored.astype(np.float64) - inter) / slope
         stored = float_to_int(stored, dtype.type)
     kind: Any = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
@@ -243,24 +245,6 @@ def brain_mask(volume: Volume) -> NDArray[np.bool_]:
         labels, _ = ndimage.label(np.pad(~inside, 1, constant_values=True))
         inside |= labels[1:-1, 1:-1, 1:-1] != labels[0, 0, 0]
     return mask
-
-
-def extent(mask: NDArray[np.bool_], margin: int | Sequence[int] = 0) -> tuple[slice, slice, slice]:
-    """The smallest block (X, Y, Z) that holds a mask, which is not empty.
-
-    Quicker than ndimage.find_objects, which wants labels.
-
-    Args:
-        margin: voxels around it, the same or for each axis, as far as the array goes.
-    """
-    found = []
-    margins = (margin,) * 3 if isinstance(margin, int) else margin
-    for axis, (size, around) in enumerate(zip(mask.shape, margins, strict=True)):
-        (there,) = np.nonzero(mask.any(axis=tuple({0, 1, 2} - {axis})))
-        first, last = int(there[0]), int(there[-1])
-        found.append(slice(max(first - around, 0), min(last + 1 + around, size)))
-    x, y, z = found
-    return x, y, z
 
 
 def _description(path: Path) -> str:

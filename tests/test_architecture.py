@@ -56,7 +56,7 @@ ROWS = {
         "unet",
         "wavunet",
     },
-    "leaves": {"compilers", "errors", "kernels", "modality", "wavelet", "winograd"},
+    "leaves": {"compilers", "errors", "kernels", "masks", "modality", "wavelet", "winograd"},
 }
 ROW_OF = {module: depth for depth, modules in enumerate(ROWS.values()) for module in modules}
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cwdm import bench as module
+from cwdm import engine as engine_module
 from cwdm.bench import (
     PARTS,
     Ground,
@@ -227,6 +228,14 @@ def test_both_paths_compute_the_same_but_for_their_arithmetic(everything: Report
         assert error is not None
         assert 1e-5 < error < 0.1, name  # bfloat16 keeps 8 bits
         assert rows[name, "reference"].error is None
+
+
+def test_a_synthesis_is_measured_where_bfloat16_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    monkeypatch.setattr(engine_module, "choose_bf16", lambda precision, device: precision != "fp32")
+    found = bench(replace(TINY, repeats=1), ["synthesis"])
+    assert by_key(found.rows)["synthesis", "fast"].times
 
 
 def test_stages_add_up_to_the_synthesis(everything: Report) -> None:

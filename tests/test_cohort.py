@@ -486,22 +486,9 @@ def test_an_array_job_does_all_cases(cohort: Path, output: Path) -> None:
 def test_a_processor_is_shared_out_if_there_is_enough_to_do(
     monkeypatch: pytest.MonkeyPatch, cores: int, gib: int, tasks: int, processes: int
 ) -> None:
-    monkeypatch.setattr(executors, "_memory", lambda: gib * 2**30)
+    monkeypatch.setattr(executors, "capacity", lambda: gib * 2**30)
     monkeypatch.setattr(executors, "_cores", lambda: cores)
     for device in ("cpu", "auto"):
         assert max(1, Local(bytes_each=8 * 2**30)._spread([device], tasks)) == processes
         assert Local()._spread([device], tasks) == 1
     assert Local(bytes_each=8 * 2**30)._spread(["cuda:0", "cuda:1"], tasks) == 1
-
-
-def test_the_memory_of_a_container_is_what_there_is(tmp_path: Path) -> None:
-    there = executors._memory(tmp_path)
-    assert there > 2**28
-    limit = tmp_path / "memory.max"
-    for text, expected in (("max\n", there), (f"{2**28}\n", 2**28), (f"{2**62}\n", there)):
-        limit.write_text(text)
-        assert executors._memory(tmp_path) == expected
-    older = tmp_path / "memory"
-    older.mkdir()
-    (older / "memory.limit_in_bytes").write_text(str(2**27))
-    assert executors._memory(tmp_path) == 2**27

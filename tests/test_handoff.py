@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -14,6 +15,7 @@ from click.testing import CliRunner, Result
 import cwdm
 from cwdm.case import find_cases
 from cwdm.cli.main import cwdm as command
+from cwdm.executors import Local
 from cwdm.handoff import Segmentation
 from cwdm.imputation import Imputation
 from cwdm.modality import SEQUENCES, Modality
@@ -162,7 +164,16 @@ def test_a_case_that_cannot_be_completed_is_told_and_the_rest_goes_on(
     assert str(bad) in table["message"][0]
 
 
-def test_a_single_case_and_a_program(simulated: Path, tmp_path: Path) -> None:
+def test_a_single_case_and_a_program(
+    simulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int | None] = []
+
+    def spread(self: Local, devices: Sequence[str], tasks: int) -> int:
+        asked.append(self.bytes_each)
+        return 1
+
+    monkeypatch.setattr(Local, "_spread", spread)
     program = tmp_path / "program.py"
     program.write_text(
         "import shutil, sys; from pathlib import Path\n"
@@ -175,6 +186,7 @@ def test_a_single_case_and_a_program(simulated: Path, tmp_path: Path) -> None:
     spec = f"command:{sys.executable} {program} {{input}} {{output}} {{id}} {folder}"
     result = run("segment", "--input", folder, "--model", spec, "--output", tmp_path / "out")
     assert result.exit_code == 0, result.output
+    assert set(asked) == {None}  # programs are not started side by side unless asked for
     assert case.segmentation is not None
     like = read_volume(case.images[Modality.T1N])
     found = read_labels(tmp_path / "out" / f"{case.id}-seg.nii.gz", like)

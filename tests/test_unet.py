@@ -66,6 +66,11 @@ def test_groups_that_do_not_divide_the_width_are_refused():
         UNetConfig(channels=20, groups=8)
 
 
+def test_a_level_has_a_block_at_least():
+    with pytest.raises(ValueError, match="res_blocks = 0, expected at least 1"):
+        UNetConfig(res_blocks=0)
+
+
 def test_the_label_changes_the_output_as_the_time_does():
     config = UNetConfig(channels=8, multipliers=(1, 2), res_blocks=1, groups=4, classes=4)
     torch.manual_seed(0)
