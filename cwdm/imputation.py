@@ -68,7 +68,7 @@ class Imputation:
     sampler: str | None = None
     precision: Precision = "auto"
     memory_limit: int | None = None
-    """Bytes for each worker, see ``Engine.fit``; does not change the images."""
+    """Bytes for each worker, see ``Engine.fit``; changes images by rounding at most."""
     copy: bool = False
     """Copy acquired images instead of linking to them."""
 

@@ -3,7 +3,7 @@
 Blocks run in order, in a folder that holds what the text takes for granted (`workplace`):
 
     ```sh       commands that succeed             ```console   `$ command`, then its error, exactly
-    ```python   runs, sharing names               ```toml      a configuration, saved as `# name`
+    ```python   runs, gives what `# 1.23` says     ```toml      a configuration, saved as `# name`
     ```json     a record; or what `network.pt` is  ```text      only to read
 
 At the end, every path in inline code has to be there, in that folder or in the repository.
@@ -213,6 +213,8 @@ def test_a_document_works_as_written(document: Path, workplace: Path) -> None:
             (workplace / "network.json").write_text(block.text)
         elif block.language == "python":
             exec(compile(block.text, block.where, "exec"), names)
+            for value, said in re.findall(r"^(\S.*\S)  # (\d+\.\d+)\b", block.text, re.MULTILINE):
+                assert eval(value, names) == pytest.approx(float(said), abs=0.005), value
         elif block.language == "toml":
             Config.parse(tomllib.loads(block.text), block.where)
             (workplace / block.text.split()[1]).write_text(block.text)
