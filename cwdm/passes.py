@@ -41,7 +41,7 @@ __all__ = [
 
 Way = Literal["kernels", "compiled", "torch"]
 
-_PIECE = {"cpu": 2**18, "cuda": 2**22}
+_PIECE, _PIECE_ON_GPU = 2**18, 2**22
 """Numbers that torch works on at a time: what a processor's cache holds, what keeps a GPU busy."""
 
 
@@ -66,7 +66,8 @@ def _pieces(*images: Tensor) -> Iterable[tuple[Tensor, ...]]:
 
     Of tensors without numbers (`memory`) the first: the others take no more.
     """
-    count = max(1, _PIECE["cuda" if images[0].is_cuda else "cpu"] // images[0].shape[1])
+    piece = _PIECE_ON_GPU if images[0].is_cuda else _PIECE
+    count = max(1, piece // images[0].shape[1])
     parts = zip(*(image.split(count) for image in images), strict=True)
     return [next(parts)] if images[0].is_meta else parts
 
@@ -209,7 +210,7 @@ class Passes:
     def outline(self) -> "Passes":
         """The same without the work: what they return is allocated, for `memory`."""
         outline = Passes(self.device)
-        piece = _PIECE[self.device.type]
+        piece = _PIECE_ON_GPU if self.device.type == "cuda" else _PIECE
 
         def pieces(x: Tensor) -> None:
             torch.empty(2, min(piece, x.numel()))
