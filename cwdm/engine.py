@@ -51,7 +51,7 @@ Progress = Callable[[int, int], None]
 LONG = 20
 """Steps from which on compiling pays."""
 
-_LIBRARIES = 64 * 2**20
+_LIBRARIES = 48 * 2**20
 """Bytes on a processor that libraries take when they first compute, for kernels and threads, and
 that the C library keeps of what was freed."""
 
