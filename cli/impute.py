@@ -84,6 +84,7 @@ def impute(
     cwdm impute --input cohort/ --output completed/ --dry-run
     cwdm impute --input cohort/ --output completed/
     """
+    from cwdm.executors import Local
     from cwdm.imputation import Imputation, apart
     from cwdm.imputation import impute as complete
     from cwdm.imputation import plan as plan_for
@@ -113,7 +114,8 @@ def impute(
         copy=copy,
     )
     if dry_run:
-        plan = plan_for(job, found, output, device=device, workers=workers or 1)
+        count = chosen.processes(len(found.cases)) if isinstance(chosen, Local) else workers or 1
+        plan = plan_for(job, found, output, device=device, workers=count)
         click.echo(plan.table.to_string(index=False))
         click.echo(
             f"{plan.images} images to synthesize, about {_duration(plan.seconds)} and "

@@ -70,8 +70,7 @@ class Local:
 
     def run(self, begin: Begin, tasks: Sequence[Any], *, alone: bool = False) -> Iterator[None]:
         devices = _devices(self.device)
-        several = self.workers or max(len(devices), self._spread(devices, len(tasks)))
-        workers = 1 if alone else min(several, len(tasks))
+        workers = 1 if alone else self.processes(len(tasks))
         if workers == 1 and not alone:
             yield from begin(devices[0])(tasks)
             return
@@ -100,6 +99,11 @@ class Local:
             raise
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def processes(self, tasks: int) -> int:
+        """How many there are for so many tasks."""
+        devices = _devices(self.device)
+        return min(self.workers or max(len(devices), self._spread(devices, tasks)), tasks)
 
     def _spread(self, devices: Sequence[str], tasks: int) -> int:
         if self.bytes_each is None or any(device.startswith("cuda") for device in devices):

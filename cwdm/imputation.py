@@ -22,7 +22,7 @@ import pandas as pd
 from cwdm import __version__
 from cwdm.case import Case, Kind
 from cwdm.cohort import Tally, Worker, claim, due, run
-from cwdm.engine import Precision, Progress
+from cwdm.engine import Precision, Progress, choose_device
 from cwdm.errors import InputError
 from cwdm.executors import Executor, Local
 from cwdm.files import atomic_write, gzip_copy, link_or_copy
@@ -239,14 +239,19 @@ def plan(
     rows += [(each.case, "failed", "", "", each.message) for each in found.problems]
     table = pd.DataFrame(sorted(rows), columns=["case", "state", "given", "missing", "message"])
     wanted = Counter(target for case in todo for target in job.targets(case))
-    seconds = _seconds(job, todo, wanted, device) / max(1, min(workers, len(todo)))
+    seconds = _seconds(job, todo, wanted, device, max(1, min(workers, len(todo))))
     return Plan(table, wanted.total(), seconds, sum(_size(job, case, output) for case in todo))
 
 
 def _seconds(
-    job: Imputation, cases: Sequence[Case], wanted: Mapping[Modality, int], device: str
+    job: Imputation,
+    cases: Sequence[Case],
+    wanted: Mapping[Modality, int],
+    device: str,
+    workers: int,
 ) -> float:
-    """Of a single worker: computing, or reading if that takes longer."""
+    """Computing, or reading if that takes longer. Each worker reads, and computes on a GPU of its
+    own; on a CPU they share what one would have."""
     if not wanted:
         return 0.0
     for case in cases:
@@ -265,7 +270,8 @@ def _seconds(
         * count
         for target, count in wanted.items()
     )
-    return max(reading, computing)
+    computers = workers if choose_device(device).type == "cuda" else 1
+    return max(reading / workers, computing / computers)
 
 
 def _size(job: Imputation, case: Case, output: Path) -> int:

@@ -12,15 +12,18 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 import cwdm
+from cwdm import imputation
 from cwdm.case import find_cases, read_case
 from cwdm.cli.main import cwdm as command
 from cwdm.errors import InputError
@@ -238,6 +241,22 @@ def test_the_plan_says_what_there_is_to_do(cohort: Path, any_model: Path, tmp_pa
     again = plan(job, find(cohort), output)
     assert (again.images, again.seconds, again.size) == (0, 0, 0)
     assert set(again.table["state"]) == {"unchanged"}
+
+
+def test_workers_on_a_processor_share_what_one_would_have(
+    cohort: Path, any_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SimpleNamespace(seconds=lambda *_, **__: 1e6)
+    monkeypatch.setattr(Imputation, "load", lambda *_: slow)
+    job, found = Imputation(model=any_model), find(cohort)
+
+    def seconds(workers: int) -> float:
+        return plan(job, found, tmp_path / "out", device="cpu", workers=workers).seconds
+
+    alone = seconds(1)
+    assert seconds(3) == alone
+    monkeypatch.setattr(imputation, "choose_device", lambda name: torch.device("cuda"))
+    assert seconds(3) == pytest.approx(alone / 3)
 
 
 def test_an_empty_case_and_a_corrupt_one_are_told(
