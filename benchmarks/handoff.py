@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from cwdm import segnet
 from cwdm.case import Case, find_cases
-from cwdm.engine import Precision
+from cwdm.machine import Precision
 from cwdm.modality import SEQUENCES, Modality
 from cwdm.model import find_model
 from cwdm.msnet import MSNet

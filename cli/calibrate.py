@@ -8,7 +8,7 @@ import click
 from . import options
 
 if TYPE_CHECKING:
-    from cwdm.engine import Precision
+    from cwdm.machine import Precision
     from cwdm.uncertainty import HeldOut
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -71,6 +70,7 @@ def check(
     from cwdm.cache import in_processes
     from cwdm.files import check_target
     from cwdm.layouts import find
+    from cwdm.machine import cores
 
     if output:
         check_target(output, overwrite)
@@ -78,7 +78,7 @@ def check(
     doubts = [Doubt(each.case, "", "case", each.message) for each in found.problems]
     to_blame: dict[str, set[str]] = {}
     # starting a process takes as long as two cases
-    workers = workers or max(1, min(os.cpu_count() or 1, len(found.cases) // 4))
+    workers = workers or max(1, min(cores(), len(found.cases) // 4))
     with closing(in_processes(_examine, found.cases, workers)) as work:
         for case, findings in tqdm(
             work, "checking", total=len(found.cases), unit="case", disable=None

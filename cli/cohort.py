@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,79 +17,97 @@ if TYPE_CHECKING:
     from cwdm.cohort import Tally
     from cwdm.executors import Executor
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+
+@dataclass(frozen=True)
+class Place:
+    """Where to work, as the options say it."""
+
+    name: str
+    workers: int | None
+    address: str | None
+    slurm: tuple[str, ...]
+
+    def executor(
+        self, device: str, output: Path, *, memory_limit: int | None = None, spreads: bool = True
+    ) -> Executor:
+        """The executor.
+
+        Args:
+            memory_limit: bytes for each process.
+            spreads: take several processes on a CPU without being told so.
+
+        Raises:
+            InputError: options that do not go together.
+        """
+        from cwdm.errors import InputError
+        from cwdm.executors import AMPLE, Local, Ray, Slurm
+
+        if self.address and self.name != "ray":
+            raise InputError("--address: found without --executor ray")
+        if device != "auto" and self.name != "local":
+            raise InputError(
+                f"--device {device}: found with --executor {self.name}, which knows its GPUs"
+            )
+        if self.slurm and self.name != "slurm":
+            raise InputError("--slurm: found without --executor slurm")
+        if self.name == "ray":
+            return Ray(self.workers, self.address)
+        if self.name == "slurm":
+            parameters = _parameters(self.slurm)
+            cluster = str(parameters.pop("cluster", "slurm"))
+            return Slurm(output / ".cwdm" / "slurm", self.workers, parameters, cluster)
+        each = memory_limit or AMPLE
+        return Local(self.workers, device, bytes_each=each if spreads else None)
 
 
-def placement(command: Command) -> Command:
-    """The options that say where to work."""
-    for option in reversed(
-        [
-            click.option(
-                "--executor",
-                type=click.Choice(["local", "ray", "slurm"]),
-                default="local",
-                show_default=True,
-                help="Where to work: this machine, a Ray cluster, an array job of SLURM.",
-            ),
-            click.option(
-                "--workers",
-                type=click.IntRange(min=1),
-                metavar="N",
-                help="Processes that work at a time. [default: one per GPU, else one per core if "
-                "there are enough cases and memory]",
-            ),
-            click.option("--address", help="Of a Ray cluster that runs. [default: start one here]"),
-            click.option(
-                "--slurm",
-                multiple=True,
-                metavar="KEY=VALUE",
-                help="For submitit, such as slurm_partition=gpu or timeout_min=600; repeatable.",
-            ),
-        ]
-    ):
-        command = option(command)
-    return command
-
-
-def choose_executor(
-    name: str,
-    *,
-    workers: int | None,
-    device: str,
-    address: str | None,
-    slurm: tuple[str, ...],
-    output: Path,
-    memory_limit: int | None = None,
-    spreads: bool = True,
-) -> Executor:
-    """The executor that the options describe.
-
-    Args:
-        memory_limit: bytes for each process.
-        spreads: take several processes on a CPU without being told so.
-    """
+def _parameters(pairs: Iterable[str]) -> dict[str, Any]:
     from cwdm.errors import InputError
-    from cwdm.executors import AMPLE, Local, Ray, Slurm
 
-    if address and name != "ray":
-        raise InputError("--address: found without --executor ray")
-    if device != "auto" and name != "local":
-        raise InputError(f"--device {device}: found with --executor {name}, which knows its GPUs")
-    if slurm and name != "slurm":
-        raise InputError("--slurm: found without --executor slurm")
-    if name == "ray":
-        return Ray(workers, address)
-    if name == "slurm":
-        parameters: dict[str, Any] = {}
-        for pair in slurm:
-            key, equals, value = pair.partition("=")
-            if not equals:
-                raise InputError(f"--slurm {pair}: expected KEY=VALUE")
-            parameters[key] = int(value) if value.isdecimal() else value
-        cluster = str(parameters.pop("cluster", "slurm"))
-        return Slurm(output / ".cwdm" / "slurm", workers, parameters, cluster)
-    each = memory_limit or AMPLE
-    return Local(workers, device, bytes_each=each if spreads else None)
+    parameters: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise InputError(f"--slurm {pair}: expected KEY=VALUE")
+        parameters[key] = int(value) if value.isdecimal() else value
+    return parameters
+
+
+def placement(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say where to work; the command gets them as ``place``."""
+
+    @click.option(
+        "--executor",
+        type=click.Choice(["local", "ray", "slurm"]),
+        default="local",
+        show_default=True,
+        help="Where to work: this machine, a Ray cluster, an array job of SLURM.",
+    )
+    @click.option(
+        "--workers",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Processes that work at a time. [default: one per GPU, else one per core if "
+        "there are enough cases and memory]",
+    )
+    @click.option("--address", help="Of a Ray cluster that runs. [default: start one here]")
+    @click.option(
+        "--slurm",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="For submitit, such as slurm_partition=gpu or timeout_min=600; repeatable.",
+    )
+    @wraps(command)
+    def placed(
+        *args: Any,
+        executor: str,
+        workers: int | None,
+        address: str | None,
+        slurm: tuple[str, ...],
+        **options: Any,
+    ) -> None:
+        command(*args, place=Place(executor, workers, address, slurm), **options)
+
+    return placed
 
 
 @contextmanager

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cwdm.case import Case
-    from cwdm.engine import Precision
     from cwdm.evaluate import Predict
     from cwdm.floors import VoxelRegression
+    from cwdm.machine import Precision
     from cwdm.modality import Modality
     from cwdm.model import Model
     from cwdm.protocols import ProtocolName

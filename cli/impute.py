@@ -69,10 +69,7 @@ def impute(
     device: str,
     precision: str,
     memory_limit: int | None,
-    executor: str,
-    workers: int | None,
-    address: str | None,
-    slurm: tuple[str, ...],
+    place: shared.Place,
 ) -> None:
     """Complete the cases of a cohort.
 
@@ -84,21 +81,12 @@ def impute(
     cwdm impute --input cohort/ --output completed/ --dry-run
     cwdm impute --input cohort/ --output completed/
     """
-    from cwdm.executors import Local
     from cwdm.imputation import Imputation, apart
     from cwdm.imputation import impute as complete
     from cwdm.imputation import plan as plan_for
     from cwdm.layouts import find
 
-    chosen = shared.choose_executor(
-        executor,
-        workers=workers,
-        device=device,
-        address=address,
-        slurm=slurm,
-        output=output,
-        memory_limit=memory_limit,
-    )
+    executor = place.executor(device, output, memory_limit=memory_limit)
     apart(source, output)
     found = find(source)
     job = Imputation(
@@ -114,8 +102,8 @@ def impute(
         copy=copy,
     )
     if dry_run:
-        count = chosen.processes(len(found.cases)) if isinstance(chosen, Local) else workers or 1
-        plan = plan_for(job, found, output, device=device, workers=count)
+        workers = executor.processes(len(found.cases))
+        plan = plan_for(job, found, output, device=device, workers=workers)
         click.echo(plan.table.to_string(index=False))
         click.echo(
             f"{plan.images} images to synthesize, about {_duration(plan.seconds)} and "
@@ -123,7 +111,7 @@ def impute(
         )
         ctx.exit(1 if (plan.table["state"] == "failed").any() else 0)
     with shared.progress("imputing") as report:
-        table = complete(found, output, job=job, executor=chosen, report=report)
+        table = complete(found, output, job=job, executor=executor, report=report)
     ctx.exit(shared.finish(table, output / "impute.csv"))
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def memory_line(engine: Engine, size: Sequence[int]) -> str:
     """What a chain for an image of so many voxels will take, and what there is."""
-    from cwdm.engine import gigabytes
+    from cwdm.machine import gigabytes
 
     where, there = _machine(engine.device)
     arithmetic = "bf16" if engine.bf16 else "fp32"
@@ -37,6 +37,6 @@ def _machine(device: torch.device) -> tuple[str, int]:
         import torch
 
         return "this GPU", torch.cuda.get_device_properties(device).total_memory
-    from cwdm.engine import capacity
+    from cwdm.machine import capacity
 
     return "this machine", capacity()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -112,10 +111,11 @@ def pack(
     from tqdm import tqdm
 
     from cwdm.cache import fill
+    from cwdm.machine import cores
 
     total = len({each.case for each in found.problems}) + len(found.cases) + len(found.series)
     # starting a process takes as long as two cases
-    workers = workers or max(1, min(os.cpu_count() or 1, total // 4))
+    workers = workers or max(1, min(cores(), total // 4))
     work = fill(found, folder, dtype=dtype, accept=frozenset(accept), workers=workers)
     with closing(work):
         return sorted(tqdm(work, "preparing", total=total, unit="case", disable=None))

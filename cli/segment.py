@@ -71,10 +71,7 @@ def segment(
     timeout: float | None,
     device: str,
     precision: str,
-    executor: str,
-    workers: int | None,
-    address: str | None,
-    slurm: tuple[str, ...],
+    place: shared.Place,
 ) -> None:
     """Segment the tumor of a case, or of every case of a cohort.
 
@@ -94,15 +91,8 @@ def segment(
 
     if replace and not impute_missing:
         raise InputError("--replace: found without --impute-missing")
-    chosen = shared.choose_executor(
-        executor,
-        workers=workers,
-        device=device,
-        address=address,
-        slurm=slurm,
-        output=output,
-        spreads=model.partition(":")[0] not in PROGRAMS,
-    )
+    spreads = model.partition(":")[0] not in PROGRAMS
+    executor = place.executor(device, output, spreads=spreads)
     how = Imputation(replace=replace, precision=precision)  # type: ignore[arg-type]
     with shared.progress("segmenting") as report:
         table = segment_all(
@@ -113,7 +103,7 @@ def segment(
             enhancing=int(enhancing),
             precision=precision,  # type: ignore[arg-type]
             timeout_s=timeout,
-            executor=chosen,
+            executor=executor,
             report=report,
         )
     ctx.exit(shared.finish(table, output / "segment.csv"))

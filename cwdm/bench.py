@@ -40,9 +40,10 @@ from cwdm.case import read_case
 from cwdm.checkpoints import assumed_priors
 from cwdm.config import Augmentation, Config
 from cwdm.denoiser import Denoiser
-from cwdm.engine import Engine, Precision, capacity, choose_bf16, choose_device, resident
+from cwdm.engine import Engine
 from cwdm.errors import InputError
 from cwdm.files import atomic_write
+from cwdm.machine import Precision, capacity, choose_bf16, choose_device, cores, resident
 from cwdm.modality import Modality
 from cwdm.model import Model, build_denoiser
 from cwdm.preparation import prepare
@@ -766,7 +767,7 @@ def _machine(setup: Setup, load: float) -> Machine:
     return Machine(
         system=platform.platform(),
         cpu=about.get("cpu_name") or platform.processor() or platform.machine(),
-        cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+        cores=cores(),
         memory_bytes=capacity(),
         gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         capabilities=tuple(sorted(n for n in telling if n.startswith(("amx", "avx", "sve")))),

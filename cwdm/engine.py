@@ -4,16 +4,12 @@ What synthesis and generation share. It knows tensors, not cases.
 """
 
 import math
-import os
-import resource
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +19,8 @@ from cwdm.denoiser import Denoiser
 from cwdm.errors import InputError
 from cwdm.fast import FastUNet, Replayed, accelerated
 from cwdm.intensity import NORMALIZATIONS
-from cwdm.memory import Footprint, footprint, give_back
+from cwdm.machine import Precision, choose_bf16, choose_device, gigabytes, give_back, resident
+from cwdm.memory import Footprint, footprint
 from cwdm.model import Model, build_denoiser
 from cwdm.passes import Passes, Way
 from cwdm.sampling import SAMPLERS, Draw, ddim
@@ -35,16 +32,9 @@ __all__ = [
     "TURN",
     "Chain",
     "Engine",
-    "Precision",
     "Progress",
-    "capacity",
-    "choose_bf16",
-    "choose_device",
-    "gigabytes",
-    "resident",
 ]
 
-Precision = Literal["auto", "fp32", "bf16"]
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
 
@@ -291,57 +281,3 @@ class Engine:
         by_torch = self.streamed and self.device.type != "cpu"  # kernels are for whole images
         way: Way = "torch" if by_torch else self.passes.way
         return Chain(config.transform.decode(x).clamp(low, high), way)
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` takes a GPU if there is one; InputError if the device is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {name}: found {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def choose_bf16(precision: Precision, device: torch.device) -> bool:
-    """``auto`` takes bfloat16 where the hardware multiplies in it faster than in float32.
-
-    AVX512-BF16 does so on AMD's processors. On Intel's it has half the units of float32 and twice
-    the numbers in each, and convolutions are slower: there it has to be AMX.
-    """
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    # since torch 2.9; before, bfloat16 has to be asked for
-    about: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    if about.get("amx_bf16"):
-        return True
-    return bool(about.get("avx512_bf16")) and "Intel" not in about.get("cpu_name", "")
-
-
-def gigabytes(size: int) -> str:
-    """Bytes as a person reads them."""
-    return f"{size / 1e9:.{2 if size < 1e9 else 1 if size < 1e10 else 0}f} GB"
-
-
-def capacity(groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this process may use, of the machine or the container it is in."""
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # no number: no limit
-            there = min(there, int(Path(groups, limit).read_text()))
-    return there
-
-
-def resident(figure: str) -> int:
-    """Bytes of this process in memory, now (VmRSS) or at most so far (VmHWM).
-
-    On Linux, getrusage also counts what the process was started from. Elsewhere there is nothing
-    but getrusage, and it only knows the most so far.
-    """
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes
-    values = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return int(values[figure].split()[0]) * 1024

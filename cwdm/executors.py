@@ -22,8 +22,8 @@ from typing import Any, Protocol
 
 import torch
 
-from cwdm.engine import capacity
 from cwdm.errors import InputError
+from cwdm.machine import capacity, cores
 
 __all__ = ["AMPLE", "Begin", "Executor", "Local", "Ray", "Slurm", "Work", "end_with_parent"]
 
@@ -54,6 +54,9 @@ class Executor(Protocol):
             alone: one task at a time in a process, and not in this one.
         """
 
+    def processes(self, tasks: int) -> int:
+        """How many will work on so many tasks, as far as it is known before."""
+
 
 @dataclass(frozen=True)
 class Local:
@@ -79,7 +82,7 @@ class Local:
         places = context.SimpleQueue()
         for number in range(workers):
             places.put(devices[number % len(devices)])
-        threads = max(1, _cores() // workers)
+        threads = max(1, cores() // workers)
         pool = ProcessPoolExecutor(
             workers, context, initializer=_start_worker, initargs=(begin, places, threads)
         )
@@ -101,14 +104,13 @@ class Local:
             pool.shutdown(cancel_futures=True)
 
     def processes(self, tasks: int) -> int:
-        """How many there are for so many tasks."""
         devices = _devices(self.device)
         return min(self.workers or max(len(devices), self._spread(devices, tasks)), tasks)
 
     def _spread(self, devices: Sequence[str], tasks: int) -> int:
         if self.bytes_each is None or any(device.startswith("cuda") for device in devices):
             return 1
-        return min(_cores(), capacity() // self.bytes_each, tasks // _ENOUGH)
+        return min(cores(), capacity() // self.bytes_each, tasks // _ENOUGH)
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,9 @@ class Ray:
             if own:
                 ray.shutdown()
 
+    def processes(self, tasks: int) -> int:
+        return min(self.workers or 1, tasks)  # what a cluster has is seen when it is joined
+
 
 @dataclass(frozen=True)
 class Slurm:
@@ -174,7 +179,7 @@ class Slurm:
     def run(self, begin: Begin, tasks: Sequence[Any], *, alone: bool = False) -> Iterator[None]:
         import submitit
 
-        workers = len(tasks) if alone else self.workers or -(-len(tasks) // 16)
+        workers = len(tasks) if alone else self.processes(len(tasks))
         shares = _shares(tasks, -(-len(tasks) // workers))
         try:
             executor = submitit.AutoExecutor(self.folder, cluster=self.cluster)
@@ -197,6 +202,9 @@ class Slurm:
             if "InputError: " in str(told):  # submitit keeps the text alone
                 raise InputError(str(told).rpartition("InputError: ")[2])
 
+    def processes(self, tasks: int) -> int:
+        return min(self.workers or -(-tasks // 16), tasks)
+
 
 def end_with_parent() -> None:
     """For a process of a pool: end when the process that started it has ended, even by kill -9."""
@@ -214,12 +222,6 @@ def _devices(name: str) -> list[str]:
     if name == "auto" and torch.cuda.is_available():
         return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     return [name]
-
-
-def _cores() -> int:
-    """That this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _shares(tasks: Sequence[Any], size: int) -> list[Sequence[Any]]:

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from cwdm import __version__
 from cwdm.config import Images
-from cwdm.engine import choose_device
 from cwdm.errors import InputError
 from cwdm.files import atomic_write, sha256
 from cwdm.intensity import NORMALIZATIONS
+from cwdm.machine import choose_device
 from cwdm.modality import Modality, find_modality
 from cwdm.preparation import Frame
 from cwdm.significance import interval

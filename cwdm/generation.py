@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from cwdm import __version__
-from cwdm.engine import Engine, Precision, Progress
+from cwdm.engine import Engine, Progress
 from cwdm.errors import InputError
 from cwdm.files import check_target
 from cwdm.intensity import NORMALIZATIONS, Normalization, Scale
+from cwdm.machine import Precision
 from cwdm.modality import Modality
 from cwdm.model import Model, find_model, load_model
 from cwdm.noise import noise_stream

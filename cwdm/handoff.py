@@ -17,11 +17,12 @@ import pandas as pd
 from cwdm import __version__
 from cwdm.case import Case
 from cwdm.cohort import Tally, Worker, run
-from cwdm.engine import TURN, Precision, Progress
+from cwdm.engine import TURN, Progress
 from cwdm.executors import Executor, Local
 from cwdm.files import sha256
 from cwdm.imputation import Imputation, apart, impute
 from cwdm.layouts import Found, Problem, find
+from cwdm.machine import Precision
 from cwdm.modality import SEQUENCES, Modality
 from cwdm.provenance import SegmentationProvenance, Source, segmentation_warnings, sidecar
 from cwdm.segmentation import ET, Segmenter, check_complete, regions

@@ -22,7 +22,7 @@ import pandas as pd
 from cwdm import __version__
 from cwdm.case import Case, Kind
 from cwdm.cohort import Tally, Worker, claim, due, run
-from cwdm.engine import Precision, Progress, choose_device
+from cwdm.engine import Progress
 from cwdm.errors import InputError
 from cwdm.executors import Executor, Local
 from cwdm.files import atomic_write, gzip_copy, link_or_copy
@@ -36,6 +36,7 @@ from cwdm.layouts import (
     image_path,
 )
 from cwdm.ledger import digest
+from cwdm.machine import Precision, choose_device
 from cwdm.modality import SEQUENCES, Modality, parse_modality
 from cwdm.model import default_model
 from cwdm.provenance import sidecar

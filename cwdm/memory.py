@@ -4,8 +4,6 @@ The network is run on tensors that have a shape, a device and a type but no numb
 of those alive at the same time are counted.
 """
 
-import ctypes
-import sys
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -20,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from cwdm.wavelet import filters
 
-__all__ = ["Footprint", "footprint", "give_back"]
+__all__ = ["Footprint", "footprint"]
 
 _SAMPLER = 2
 """Tensors of the size of x_t that samplers keep while the network computes: x_t, and the estimate
@@ -178,10 +176,3 @@ class _Alive(TorchDispatchMode):
             if isinstance(each, Tensor):
                 self.add(each)
         return result
-
-
-def give_back() -> None:
-    """Let the system have what was freed: the C library of Linux keeps some of it."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim:
-        trim(0)

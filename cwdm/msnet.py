@@ -18,8 +18,8 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
-from cwdm.engine import Precision, choose_bf16, choose_device
 from cwdm.errors import InputError
+from cwdm.machine import Precision, choose_bf16, choose_device
 from cwdm.masks import extent
 from cwdm.modality import Modality
 from cwdm.segmentation import Labels, Region, from_regions

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cwdm.engine import choose_device
 from cwdm.fidelity import med3d
 from cwdm.files import sha256
+from cwdm.machine import choose_device
 from cwdm.masks import extent
 
 __all__ = ["Perceptual"]

@@ -32,8 +32,9 @@ from cwdm import external, segnet
 from cwdm.case import Case
 from cwdm.checkpoints import read_weights
 from cwdm.config import Images
-from cwdm.engine import Precision, Progress, choose_bf16, choose_device
+from cwdm.engine import Progress
 from cwdm.errors import InputError
+from cwdm.machine import Precision, choose_bf16, choose_device
 from cwdm.modality import SEQUENCES, Modality, find_modality
 from cwdm.msnet import CHANNELS, MSNet
 from cwdm.preparation import FLIPS, Box, Frame, network_voxels

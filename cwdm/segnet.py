@@ -25,9 +25,9 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from cwdm.coefficients import Transform
-from cwdm.engine import Precision, choose_bf16
 from cwdm.errors import InputError
 from cwdm.files import atomic_write
+from cwdm.machine import Precision, choose_bf16
 from cwdm.modality import SEQUENCES, Modality
 from cwdm.preparation import Box
 from cwdm.segmentation import ET, NCR, Region, from_regions

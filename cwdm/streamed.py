@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cwdm import winograd
-from cwdm.memory import give_back
+from cwdm.machine import give_back
 from cwdm.passes import Passes, affine, averaged, sums
 from cwdm.unet import Attention, Downsample, ResBlock, UNet, Upsample, timestep_embedding
 

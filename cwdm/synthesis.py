@@ -20,11 +20,12 @@ from cwdm import compat as published
 from cwdm.case import Case, read_case
 from cwdm.conditioning import condition
 from cwdm.config import Sampling
-from cwdm.engine import Engine, Precision, Progress
+from cwdm.engine import Engine, Progress
 from cwdm.errors import InputError
 from cwdm.files import check_target, sha256
 from cwdm.flow import Flow
 from cwdm.intensity import Scale
+from cwdm.machine import Precision
 from cwdm.modality import Modality, others, parse_modality
 from cwdm.model import Model, default_model, load_model
 from cwdm.noise import noise_stream

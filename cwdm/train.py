@@ -27,10 +27,10 @@ from cwdm.checkpoints import read_weights
 from cwdm.config import Config, Training
 from cwdm.dataset import Key, Lanes, Sample, Source, TrainingData, inputs
 from cwdm.denoiser import Denoiser
-from cwdm.engine import choose_bf16, choose_device
 from cwdm.errors import InputError
 from cwdm.intensity import NORMALIZATIONS, ScalePrior
 from cwdm.losses import band_loss, structure_loss
+from cwdm.machine import choose_bf16, choose_device
 from cwdm.memory import footprint
 from cwdm.modality import Modality
 from cwdm.model import CHECKPOINT_SUFFIXES, build_denoiser, load_model, save_model

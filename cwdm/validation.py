@@ -20,10 +20,11 @@ from cwdm.conditioning import mean_of_conditions
 from cwdm.config import Config, Sampling
 from cwdm.dataset import Sample, Source, TrainingCase, TrainingData, inputs
 from cwdm.denoiser import Denoiser
-from cwdm.engine import Engine, Precision
+from cwdm.engine import Engine
 from cwdm.evaluate import Prediction, compare, picture
 from cwdm.intensity import NORMALIZATIONS, ScalePrior
 from cwdm.losses import band_loss
+from cwdm.machine import Precision
 from cwdm.metrics import Aligned, mae, psnr, ssim
 from cwdm.modality import Modality
 from cwdm.model import Model

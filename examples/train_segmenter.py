@@ -26,10 +26,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from cwdm.anatomy import find_label_maps, from_labels, mni152
-from cwdm.engine import Precision, choose_bf16, choose_device
 from cwdm.errors import InputError
 from cwdm.files import check_target
 from cwdm.layouts import find
+from cwdm.machine import Precision, choose_bf16, choose_device
 from cwdm.modality import SEQUENCES, Modality
 from cwdm.preparation import Box, majority
 from cwdm.segnet import (

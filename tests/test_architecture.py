@@ -56,7 +56,16 @@ ROWS = {
         "unet",
         "wavunet",
     },
-    "leaves": {"compilers", "errors", "kernels", "masks", "modality", "wavelet", "winograd"},
+    "leaves": {
+        "compilers",
+        "errors",
+        "kernels",
+        "machine",
+        "masks",
+        "modality",
+        "wavelet",
+        "winograd",
+    },
 }
 ROW_OF = {module: depth for depth, modules in enumerate(ROWS.values()) for module in modules}
 

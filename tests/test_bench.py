@@ -39,8 +39,8 @@ from cwdm.bench import (
 )
 from cwdm.cli.main import cwdm
 from cwdm.config import Config
-from cwdm.engine import resident
 from cwdm.errors import InputError
+from cwdm.machine import resident
 from cwdm.model import build_denoiser
 
 RATES = {"fp32": 1e9, "bf16": 4e9, "copy": 2e9}

@@ -17,7 +17,7 @@ import pytest
 from cwdm import executors
 from cwdm.cohort import Tally, due, run
 from cwdm.errors import InputError
-from cwdm.executors import Local
+from cwdm.executors import Local, Ray, Slurm
 from cwdm.layouts import Found, Problem, find
 from cwdm.ledger import Ledger
 from tests.copying import Copying
@@ -487,8 +487,19 @@ def test_a_processor_is_shared_out_if_there_is_enough_to_do(
     monkeypatch: pytest.MonkeyPatch, cores: int, gib: int, tasks: int, processes: int
 ) -> None:
     monkeypatch.setattr(executors, "capacity", lambda: gib * 2**30)
-    monkeypatch.setattr(executors, "_cores", lambda: cores)
+    monkeypatch.setattr(executors, "cores", lambda: cores)
     for device in ("cpu", "auto"):
         assert max(1, Local(bytes_each=8 * 2**30)._spread([device], tasks)) == processes
         assert Local()._spread([device], tasks) == 1
     assert Local(bytes_each=8 * 2**30)._spread(["cuda:0", "cuda:1"], tasks) == 1
+
+
+def test_a_cluster_says_before_how_many_will_work(tmp_path: Path) -> None:
+    for executor, expected in (
+        (Slurm(tmp_path), 7),
+        (Slurm(tmp_path, 3), 3),
+        (Slurm(tmp_path, 300), 100),
+        (Ray(4), 4),
+        (Ray(), 1),  # what a cluster has is seen when it is joined
+    ):
+        assert executor.processes(100) == expected

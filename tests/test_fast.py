@@ -29,9 +29,10 @@ import cwdm.passes
 from cwdm.case import find_cases
 from cwdm.denoiser import Denoiser
 from cwdm.diffusion import Diffusion
-from cwdm.engine import Engine, Precision, choose_bf16, resident
+from cwdm.engine import Engine
 from cwdm.errors import InputError
 from cwdm.fast import FastUNet, Replayed, accelerated
+from cwdm.machine import Precision, resident
 from cwdm.memory import footprint
 from cwdm.metrics import psnr
 from cwdm.modality import Modality
@@ -270,26 +271,6 @@ def test_a_whole_synthesis_is_the_same_image(
     span = float(np.ptp(truth.voxels[brain]))
     figures = [psnr(image, truth.voxels, brain, data_range=span) for image in (fast, plain)]
     assert figures[0] == pytest.approx(figures[1], abs=0.1)
-
-
-@pytest.mark.parametrize(
-    ("capabilities", "bf16"),
-    [
-        ({"amx_bf16": True, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, True),
-        ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, True),
-        ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, False),
-        ({"avx512_bf16": False}, False),
-        ({}, False),
-    ],
-)
-def test_bfloat16_is_chosen_where_the_processor_multiplies_in_it(
-    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], bf16: bool
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    device = torch.device("cpu")
-    assert choose_bf16("auto", device) is bf16
-    assert choose_bf16("bf16", device) is True
-    assert choose_bf16("fp32", device) is False
 
 
 def _estimated_and_measured(

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from cwdm import memory
-from cwdm.engine import capacity
 from cwdm.memory import footprint
 from cwdm.passes import Passes
 from cwdm.streamed import StreamedUNet
@@ -147,19 +145,6 @@ def test_nothing_without_numbers_stays_behind() -> None:
     assert footprint(lambda: WavUNet(config, 8), (1, 8, 8, 8, 8)).network > 0
     network = WavUNet(config, 8)
     assert network(torch.randn(1, 8, 8, 8, 8), torch.zeros(1)).sum().item() != 0
-
-
-def test_the_memory_of_a_container_is_what_there_is(tmp_path: Path) -> None:
-    there = capacity(tmp_path)
-    assert there > 2**28
-    limit = tmp_path / "memory.max"
-    for text, expected in (("max\n", there), (f"{2**28}\n", 2**28), (f"{2**62}\n", there)):
-        limit.write_text(text)
-        assert capacity(tmp_path) == expected
-    older = tmp_path / "memory"
-    older.mkdir()
-    (older / "memory.limit_in_bytes").write_text(str(2**27))
-    assert capacity(tmp_path) == 2**27
 
 
 def test_attention_never_makes_the_matrix_of_all_pairs() -> None:
