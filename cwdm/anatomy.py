@@ -118,7 +118,7 @@ def from_labels(path: Path) -> Anatomy:
             "(2, 41 white matter; 3, 42 cortex; ...)"
         )
     spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
-    tight = Box.around(labels != 0, 1)
+    tight = Box.around(labels != 0)
     margin = [2 + int((SULCUS_MM + RIM_MM) / mm) for mm in spacing]  # farther than the mask reaches
     x, y, z = (first - m for first, m in zip(tight.start, margin, strict=True))
     a, b, c = (n + 2 * m for n, m in zip(tight.size, margin, strict=True))
@@ -151,7 +151,7 @@ def _anatomy(
     """Maps (4, X, Y, Z) >= 0, normalized and cut to the mask; CSF where they are all 0."""
     maps[Tissue.CSF] += 1e-6
     fractions = maps / maps.sum(0) * mask
-    box = Box.around(mask, 1)
+    box = Box.around(mask)
     cut = np.stack([box.crop(channel) for channel in fractions])
     return Anatomy(torch.from_numpy(cut), _moved(affine, box))
 

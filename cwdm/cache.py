@@ -410,7 +410,7 @@ def _write(
     """One file of the cache."""
     masks = {m: inside(volume, NORMALIZATIONS[_default(m)]) for m, volume in volumes.items()}
     brain = majority(list(masks.values()))
-    box = Box.around(np.logical_or.reduce(list(masks.values())), 1)
+    box = Box.around(np.logical_or.reduce(list(masks.values())))
     scales: dict[NormalizationName, dict[Modality, Scale]] = {
         name: {
             modality: normalization.measure(volume.voxels, masks[modality])

@@ -129,7 +129,7 @@ class _InMemory:
     def of(cls, case: SimulatedCase, normalization: NormalizationName) -> "_InMemory":
         arrays = {modality: image.cpu().numpy() for modality, image in case.images.items()}
         brain = next(iter(arrays.values())) > 0
-        box = Box.around(brain, 1)
+        box = Box.around(brain)
         measure = NORMALIZATIONS[normalization].measure
         scales = {m: measure(array.astype(np.float32), brain) for m, array in arrays.items()}
         inside = np.argwhere(box.crop(brain))

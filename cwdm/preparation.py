@@ -4,6 +4,7 @@ Forward: measure and normalize each modality, cut out the brain, resample to the
 pad to a size the network can halve often enough. Backward: the same steps inverted.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,20 +41,16 @@ class Box:
     size: tuple[int, int, int]
 
     @classmethod
-    def around(cls, mask: NDArray[np.bool_], multiple: int) -> "Box":
-        """The smallest block around the mask, centred, with sides that are multiples."""
-        start, size = [], []
-        for tight in extent(mask):
-            length = tight.stop - tight.start
-            padded = -(-length // multiple) * multiple
-            start.append(tight.start - (padded - length) // 2)
-            size.append(padded)
-        return cls((start[0], start[1], start[2]), (size[0], size[1], size[2]))
+    def around(cls, mask: NDArray[np.bool_]) -> "Box":
+        """The smallest block around the mask."""
+        x, y, z = extent(mask)
+        size = (x.stop - x.start, y.stop - y.start, z.stop - z.start)
+        return cls((x.start, y.start, z.start), size)
 
     @classmethod
     def centred(cls, mask: NDArray[np.bool_], size: Sequence[int]) -> "Box":
         """The block of that size with the mask's extent in the middle, rounded towards it."""
-        tight = cls.around(mask, 1)
+        tight = cls.around(mask)
         x, y, z = (
             start + int((length - wanted) / 2)
             for start, length, wanted in zip(tight.start, tight.size, size, strict=True)
@@ -103,20 +100,22 @@ class Frame:
         """The frame of a case with this brain mask (X, Y, Z).
 
         Args:
-            multiple: every axis of the network image is a multiple of this.
+            multiple: every axis of the network image is a multiple of this. What a brain does not
+                fill is background: it is padded, not stretched.
         """
         zoom = network_voxels(affine, settings)
+        middle = mask
         if settings.size is not None:
             size = settings.size
-            middle = mask if settings.centre == "brain" else np.ones_like(mask)
-            box = Box.centred(middle, [round(n / z) for n, z in zip(size, zoom, strict=True)])
+            if settings.centre != "brain":
+                middle = np.ones_like(mask)
         else:
-            box = Box.around(mask, multiple if (zoom == 1).all() else 1)
-            x, y, z = (
-                n if z == 1 else max(multiple, round(n * z / multiple) * multiple)
-                for n, z in zip(box.size, zoom, strict=True)
-            )
+            voxels = [
+                math.ceil(n * z - 1e-6) for n, z in zip(Box.around(mask).size, zoom, strict=True)
+            ]
+            x, y, z = (-(-n // multiple) * multiple for n in voxels)
             size = (x, y, z)
+        box = Box.centred(middle, [round(n / z) for n, z in zip(size, zoom, strict=True)])
         return cls(box, size, FLIPS[settings.orientation])
 
     def to_network(self, voxels: NDArray[np.generic]) -> Tensor:

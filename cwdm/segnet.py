@@ -160,7 +160,7 @@ def normalize(
         brain = np.any([image != 0 for image in given.values()], axis=0)
     if not brain.any():
         raise InputError("the images are 0 everywhere, expected a brain")
-    box = Box.around(brain, 1)
+    box = Box.around(brain)
     inside = box.crop(brain)
     normalized = np.zeros((len(SEQUENCES), *box.size), np.float32)
     for channel, modality in enumerate(SEQUENCES):

@@ -223,7 +223,7 @@ def _deformed(anatomy: Anatomy, shape: Shape, spacing: float, chance: Chance) ->
     source -= chance.uniform(0.05, 0.3) * reach * torch.tensordot(matrix, offset, 1)
 
     near = functional.max_pool3d(tissues.sample(source).sum(0, keepdim=True), 3, 1, 1)[0] > 0
-    block = Box.around(near.cpu().numpy(), 1)
+    block = Box.around(near.cpu().numpy())
     source = _between(source[:, *_slices(block)], stride)
     x, y, z = (stride * first for first in block.start)
     source = source[:, : shape[0] - x, : shape[1] - y, : shape[2] - z]

@@ -218,7 +218,7 @@ def test_brains_are_where_most_modalities_have_them(make_image: MakeImage, tmp_p
     np.testing.assert_array_equal(case.mask(whole(case)), masks.sum(axis=0) >= 2)
     for modality, mask in zip(SEQUENCES, masks, strict=True):
         np.testing.assert_array_equal(case.mask(whole(case), modality), mask)
-    assert case.box == Box.around(np.logical_or.reduce(list(masks)), 1)
+    assert case.box == Box.around(np.logical_or.reduce(list(masks)))
 
 
 def test_ct_is_kept_whole_and_surrounded_by_air(make_image: MakeImage, tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def test_a_case_says_what_it_is(case: TrainingCase, simulated: SimulatedCase):
     assert case.shape == SHAPE
     assert np.array_equal(case.affine, simulated.affine)
     mask = simulated.images[Modality.T1N].numpy() > 0
-    assert case.box == Box.around(mask, 1)
+    assert case.box == Box.around(mask)
 
 
 @pytest.mark.parametrize("name", ["published", "published-wdm", "robust"])
