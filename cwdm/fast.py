@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cwdm.denoiser import Denoiser
+from cwdm.machine import multiplies_bf16
 from cwdm.passes import Passes, rows
 from cwdm.streamed import StreamedUNet, transposed
 from cwdm.unet import (
@@ -49,6 +50,8 @@ def accelerated(
     The given one is used up: they share what they can.
 
     Args:
+        bf16: keep features in bfloat16, and compute in it unless this is a processor that is not
+            made for it.
         streamed: in little memory, on a GPU as well.
     """
     network = denoiser.backbone
@@ -56,7 +59,9 @@ def accelerated(
         dtype = torch.bfloat16 if bf16 else torch.float32
         backbone: nn.Module
         if streamed or passes.device.type == "cpu":
-            backbone = StreamedUNet(network, dtype, passes)
+            native = passes.device.type != "cpu" or multiplies_bf16(passes.device)
+            arithmetic = dtype if native else torch.float32
+            backbone = StreamedUNet(network, dtype, passes, arithmetic=arithmetic)
         else:
             backbone = FastUNet(network, dtype, passes)
     elif bf16:

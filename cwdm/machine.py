@@ -20,6 +20,7 @@ __all__ = [
     "cores",
     "gigabytes",
     "give_back",
+    "multiplies_bf16",
     "resident",
 ]
 
@@ -37,13 +38,16 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_bf16(precision: Precision, device: torch.device) -> bool:
-    """``auto`` takes bfloat16 where the hardware multiplies in it faster than in float32.
+    """``auto`` takes bfloat16 where the hardware multiplies in it faster than in float32."""
+    return multiplies_bf16(device) if precision == "auto" else precision == "bf16"
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies in bfloat16 faster than in float32.
 
     AVX512-BF16 does so on AMD's processors. On Intel's it has half the units of float32 and twice
     the numbers in each, and convolutions are slower: there it has to be AMX.
     """
-    if precision != "auto":
-        return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     # since torch 2.9; before, bfloat16 has to be asked for

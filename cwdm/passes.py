@@ -98,7 +98,7 @@ def averaged(x: Tensor, size: Sequence[int], factors: Sequence[int]) -> Tensor:
 
 def fill(x: Tensor, scale: Tensor, shift: Tensor, result: Tensor) -> None:
     """Put SiLU of rows (N, C) times `scale` (C,) plus `shift` (C,) into other rows."""
-    if result.dtype is torch.float32:
+    if x.dtype is result.dtype is torch.float32:
         torch.addcmul(shift, x, scale, out=result)
         F.silu(result, inplace=True)
         return
@@ -107,7 +107,14 @@ def fill(x: Tensor, scale: Tensor, shift: Tensor, result: Tensor) -> None:
 
 
 def put(x: Tensor, around: Tensor | None, result: Tensor) -> Tensor:
-    """Put rows (N, C), with what is around them if anything, into other rows: `sums` of those."""
+    """Put rows (N, C), with what is around them if anything, into other rows: `sums` of those.
+
+    Where those are of another type, x is changed.
+    """
+    if x.dtype is not result.dtype:
+        x = x if around is None else x.add_(around)
+        result.copy_(x)
+        return sums(x)
     if around is None:
         result.copy_(x)
     else:

@@ -71,8 +71,9 @@ class StreamedUNet(nn.Module):
 
     Args:
         unet: whose weights it takes as they are now.
-        dtype: in which features are kept and convolutions computed.
+        dtype: in which features are kept.
         passes: what lies between convolutions.
+        arithmetic: in which windows are and convolutions computed; by default as features are kept.
         voxels: of a window at least; by default what suits the arithmetic.
     """
 
@@ -82,14 +83,17 @@ class StreamedUNet(nn.Module):
         dtype: torch.dtype = torch.float32,
         passes: Passes | None = None,
         *,
+        arithmetic: torch.dtype | None = None,
         voxels: int | None = None,
     ):
         super().__init__()
         self.config, self.dtype = unet.config, dtype
-        passes = passes or Passes("cpu")
+        passes, arithmetic = passes or Passes("cpu"), arithmetic or dtype
+        self.arithmetic = arithmetic
         if voxels is None:  # matrix units want more at a time
-            voxels = 2**12 if dtype is torch.float32 and passes.device.type == "cpu" else 2**16
-        self.how = how = _How(dtype, passes, voxels, _Room())
+            single = arithmetic is torch.float32 and passes.device.type == "cpu"
+            voxels = 2**12 if single else 2**16
+        self.how = how = _How(dtype, arithmetic, passes, voxels, _Room())
         self.time_embed = unet.time_embed
         self.label_emb = unet.label_emb if unet.config.classes else None
         begin, *stages = unet.input_blocks
@@ -154,6 +158,7 @@ class _How(NamedTuple):
     """A network computes like this."""
 
     dtype: torch.dtype
+    arithmetic: torch.dtype
     passes: Passes
     voxels: int
     room: "_Room"
@@ -200,11 +205,11 @@ class _Convolution(nn.Module):
         weight = conv.weight.detach()
         if max(repeat) > 1:
             weight = transposed(weight, repeat)
-        weight = weight.to(how.dtype)
+        weight = weight.to(how.arithmetic)
         self._planar: list[Tensor] = []
         on_cpu = how.passes.device.type == "cpu" and torch.backends.mkldnn.is_available()
         if on_cpu and max(repeat) == 1:
-            if fine and how.dtype is torch.float32 and max(self.stride) == 1:
+            if fine and how.arithmetic is torch.float32 and max(self.stride) == 1:
                 self._planar = [
                     _arranged(each, (1, 1), (1, 1)) for each in winograd.transformed(weight)
                 ]
@@ -299,7 +304,7 @@ class _Convolution(nn.Module):
         return result
 
     def _room(self, name: str, *shape: int) -> Tensor:
-        return self.how.room(name, *shape, like=self.bias.new_empty(0, dtype=self.how.dtype))
+        return self.how.room(name, *shape, like=self.bias.new_empty(0, dtype=self.how.arithmetic))
 
 
 def _arranged(weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
@@ -453,7 +458,7 @@ class _Block(nn.Module):
         """What is to be added to planes from a to b; None if it was."""
         (fx, *_), (rx, ry, rz) = self.factors, self.repeat
         if max(self.factors) > 1:
-            return _averaged(x[a * fx : b * fx], self.factors)
+            return _averaged(x[a * fx : b * fx].to(planes.dtype), self.factors)
         if max(self.repeat) > 1:
             fine = planes.unflatten(2, (-1, rz)).unflatten(1, (-1, ry)).unflatten(0, (-1, rx))
             fine += x[a // rx : b // rx, None, :, None, :, None]
@@ -470,16 +475,16 @@ class _Pointwise(nn.Module):
     def __init__(self, conv: nn.Conv3d, how: _How):
         super().__init__()
         assert conv.bias is not None
-        weight = conv.weight.detach().flatten(1).t()
-        self.register_buffer("weight", weight.to(how.dtype), persistent=False)
-        self.register_buffer("bias", conv.bias.detach().to(how.dtype), persistent=False)
+        weight, bias = conv.weight.detach().flatten(1).t(), conv.bias.detach()
+        self.register_buffer("weight", weight.to(how.arithmetic), persistent=False)
+        self.register_buffer("bias", bias.to(how.arithmetic), persistent=False)
 
     def forward(self, images: Sequence[Tensor]) -> Tensor:
         """Of (..., C), each with some of the channels."""
         total = self.bias
         parts = self.weight.split([image.shape[-1] for image in images])
         for image, part in zip(images, parts, strict=True):
-            total = torch.addmm(total, image.flatten(0, -2), part)
+            total = torch.addmm(total, image.flatten(0, -2).to(part.dtype), part)
         return total.view(*images[0].shape[:-1], -1)
 
 
