@@ -34,9 +34,9 @@ from cwdm.machine import Precision
 from cwdm.modality import SEQUENCES, Modality
 from cwdm.model import find_model
 from cwdm.msnet import MSNet
-from cwdm.segmentation import Labels, brats_labels, dice, regions
+from cwdm.segmentation import Labels, case_labels, dice, regions
 from cwdm.synthesis import Synthesizer
-from cwdm.volume import brain_mask, read_labels, read_volume, read_volumes
+from cwdm.volume import brain_mask, read_volume, read_volumes
 
 Images = dict[Modality, NDArray[Any]]
 Segment = Callable[[Images, int], Labels]
@@ -133,8 +133,7 @@ def rows(name: str, segment: Segment, gap: Gap, done: set[Key]) -> Iterator[tupl
         return
     truths = {"itself": segment(gap.real, 0)}
     if case.segmentation:
-        labels = read_labels(case.segmentation, read_volume(first))
-        truths["expert"] = brats_labels(labels, case.segmentation)
+        truths["expert"] = case_labels(case, read_volume(first))
     for (missing, way), same in keys.items():
         if done.issuperset(same):
             continue

@@ -61,7 +61,13 @@ BUSY = 0.5
     show_default=True,
     help="Runs that count, after one that does not.",
 )
-@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="JSON to write.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    callback=options.ending(".json"),
+    metavar="FILE",
+    help="JSON to write.",
+)
 @click.option(
     "--against",
     type=click.Path(path_type=Path),
@@ -107,6 +113,7 @@ def bench(
         write_report,
     )
     from cwdm.bench import bench as measure
+    from cwdm.case import read_case
     from cwdm.files import check_target
 
     setup = Setup(
@@ -124,6 +131,8 @@ def bench(
     # fail before the work, not after
     if output:
         check_target(output, overwrite)
+    if case:
+        read_case(case)
     earlier = read_report(against) if against else None
     if against and earlier:
         check_comparable(earlier, against, setup)

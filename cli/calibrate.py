@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     "--output",
     required=True,
     type=click.Path(path_type=Path),
+    callback=options.ending(".safetensors"),
     help="The model with its calibration (.safetensors); the figures go beside it (.json).",
 )
 @options.steps
@@ -89,8 +90,6 @@ def calibrate(
     from cwdm.model import find_model, load_model, save_calibrated
     from cwdm.synthesis import Synthesizer
 
-    if output.suffix != ".safetensors":
-        raise InputError(f"{output}: expected a name that ends in .safetensors")
     figures = output.with_suffix(".json")
     for path in (output, figures):
         check_target(path, overwrite)

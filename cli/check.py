@@ -40,7 +40,10 @@ class Doubt(NamedTuple):
     help="A case, or a folder of cases (BraTS, nnU-Net, BIDS) or a CSV file.",
 )
 @click.option(
-    "--output", type=click.Path(path_type=Path), help="Write the findings as a table (CSV), too."
+    "--output",
+    type=click.Path(path_type=Path),
+    callback=options.ending(".csv"),
+    help="Write the findings as a table (CSV), too.",
 )
 @options.overwrite
 @click.option(

@@ -42,7 +42,8 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option(
     "--seg",
     type=FOLDER,
-    help="Segmentations <id>-seg.nii.gz, anywhere below a folder, instead of those of the cases.",
+    help="Segmentations <id>-seg.nii.gz of every case, in a folder or else below it, instead of "
+    "those of the cases.",
 )
 @click.option(
     "--protocol",
@@ -121,6 +122,8 @@ def evaluate(
     cwdm evaluate --truth held-out/ --output evaluation/
     cwdm evaluate --truth held-out/ --pred first/ --pred second/ --output both/
     """
+    from dataclasses import replace
+
     from tqdm import tqdm
 
     from cwdm.case import find_cases
@@ -132,7 +135,6 @@ def evaluate(
         images,
         picture,
         tabulate,
-        with_segmentations,
     )
     from cwdm.files import check_target
     from cwdm.imputation import apart
@@ -147,17 +149,27 @@ def evaluate(
     from cwdm.synthesis import output_paths
 
     apart(truth, output)
+    judged = _names(methods, folders)
+    targets = list(dict.fromkeys(parse_modality(each) for each in names))
+    notes: dict[str, object] = {"truth": str(truth)}
+    distances = None
+    if perceptual is not None:  # before folders are made: nothing is left of what cannot begin
+        from cwdm.perceptual import Perceptual
+
+        loaded = Perceptual.load(perceptual, device=device)
+        distances, notes["perceptual"] = loaded.distances, loaded.sha256
     for file in (*FILES, RELIABILITY_FILE):
         check_target(output / file, overwrite)
-    judged = _names(methods, folders)
     found = find_cases(truth)
     cases = complete_cases(found)
     if len(cases) < len(found):
         click.echo(f"Left out {len(found) - len(cases)} cases that are not complete.", err=True)
     if seg is not None:
-        cases = with_segmentations(cases, seg)
-    targets = [parse_modality(each) for each in names]
-    notes: dict[str, object] = {"truth": str(truth)}
+        from cwdm.overlap import find_segmentations
+
+        bare = [replace(case, segmentation=None) for case in cases]  # theirs may be there again
+        segmented = find_segmentations(seg, bare)
+        cases = [replace(case, segmentation=segmented[case.id]) for case in bare]
     predict: dict[str, Predict]
     if folders:
         if models or preset or samples > 1 or steps or sampler:
@@ -195,12 +207,6 @@ def evaluate(
         notes["floors fitted on"] = [case.id for case in fit_cases]
     else:
         click.echo("Without --fit the only floors are blank images and copies.", err=True)
-    distances = None
-    if perceptual is not None:
-        from cwdm.perceptual import Perceptual
-
-        loaded = Perceptual.load(perceptual, device=device)
-        distances, notes["perceptual"] = loaded.distances, loaded.sha256
     scores, reliabilities = [], []
     with tqdm(total=len(cases) * len(targets), unit="image", disable=None) as bar:
         for case in cases:

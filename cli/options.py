@@ -1,6 +1,8 @@
 """Options that several commands share, as decorators. Torch is not asked: the library decides."""
 
 import re
+from collections.abc import Callable
+from pathlib import Path
 
 import click
 
@@ -65,6 +67,18 @@ overwrite = click.option(
     is_flag=True,
     help="Replace files that an earlier run wrote.",
 )
+
+
+def ending(suffix: str) -> Callable[[click.Context, click.Parameter, Path | None], Path | None]:
+    """For the name of a file to write: another ending could be that of an image to overwrite."""
+
+    def check(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+        if value is not None and value.suffix.lower() != suffix:
+            raise click.BadParameter(f"{value}: expected a name that ends in {suffix}", ctx, param)
+        return value
+
+    return check
+
 
 preset = click.option(
     "--preset", help="What a published checkpoint is, where its file does not tell."

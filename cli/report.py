@@ -12,6 +12,7 @@ from . import options
 @click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
+    callback=options.ending(".html"),
     help="The file to write. [default: RUN/report.html]",
 )
 @click.option("--title", help="Stands at the top. [default: the name of the folder]")

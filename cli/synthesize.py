@@ -110,7 +110,11 @@ def synthesize(
         if preview and compat and target in given.images:
             raise InputError("--preview: the image of sample.py lies on no case, drop --compat")
         if preview:
-            check_target(output / f"{case.id}-{target}.png", overwrite)
+            from cwdm.montage import check_picture
+
+            picture = output / f"{case.id}-{target}.png"
+            check_target(picture, overwrite)
+            check_picture(picture)
         synthesizer = Synthesizer.load(
             target,
             model,
@@ -152,6 +156,5 @@ def synthesize(
             from cwdm.montage import preview as draw
             from cwdm.montage import write_png
 
-            picture = path.with_name(f"{case.id}-{target}.png")
             write_png(draw(synthesis), picture, overwrite=overwrite)
             click.echo(picture)

@@ -1,5 +1,6 @@
 """`cwdm train`: a configuration and cases in, a model out."""
 
+import math
 import os
 import signal
 from pathlib import Path
@@ -31,7 +32,7 @@ def _weighted(
             weight = float(number) if name else 1.0
         except ValueError:
             name, weight = "", 1.0
-        if not weight > 0:
+        if not 0 < weight < math.inf:
             raise click.BadParameter(f"{value!r}: expected a weight above 0", ctx, param)
         sources.append((name or value, weight))
     return sources
@@ -57,7 +58,7 @@ def _weighted(
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
 @click.option(
     "--init",
-    type=click.Path(path_type=Path),
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A model of the same network to start from.",
 )
 @click.option(
@@ -123,7 +124,8 @@ def train(
     settings = Config.read(config)
     if dry_run:
         for name, _ in data:
-            path = Path(name.removeprefix("simulate").removeprefix(":"))
+            kind, _, labels = name.partition(":")
+            path = Path(labels) if kind == "simulate" else Path(name)
             if not path.exists():
                 raise InputError(f"{path}: no such file or folder, expected cases")
         click.echo(_plan(settings, precision, device))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from cwdm import __version__
 from cwdm.case import Case, find_cases
 from cwdm.errors import InputError
 from cwdm.evaluate import ALIGNED
+from cwdm.layouts import find
 from cwdm.modality import SEQUENCES, Modality
 from cwdm.montage import NAMES as MODALITY_NAMES
 from cwdm.provenance import read_interval, warnings_for
@@ -100,10 +102,7 @@ class Run:
         folder = Path(folder)
         if (folder / "summary.json").exists():
             return cls._measured(folder)
-        try:
-            cases = find_cases(folder)
-        except InputError as error:
-            raise InputError(f"{folder}: no summary.json of cwdm evaluate; {error}") from error
+        cases = _cases(folder)
         subjects = []
         for case in cases:
             made = {m: path for m, path in case.images.items() if is_synthetic(path)}
@@ -243,6 +242,18 @@ class Run:
         )
 
 
+def _cases(folder: Path) -> list[Case]:
+    """Those of a folder, also one that is BIDS or nnU-Net; InputError if they cannot be read."""
+    try:
+        return find_cases(folder)
+    except InputError as error:
+        with suppress(InputError):
+            found = find(folder)
+            if not found.problems:
+                return found.cases
+        raise InputError(f"{folder}: no summary.json of cwdm evaluate; {error}") from error
+
+
 def _subject(
     folder: Path,
     case: str,
@@ -253,12 +264,13 @@ def _subject(
     """The images of a case that were judged; without an entry there are figures only."""
     if entry is None:
         return Subject(Case(case, {}), {})
-    segmentation = entry["segmentation"]
+    segmentation, numbers = entry["segmentation"], entry.get("numbers")
     return Subject(
         Case(
             case,
             {Modality(m): folder / place for m, place in entry["acquired"].items()},
             folder / segmentation if segmentation else None,
+            {int(n): number for n, number in numbers.items()} if numbers is not None else None,
         ),
         {
             Modality(m): folder / place

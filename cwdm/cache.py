@@ -14,7 +14,6 @@ files they came from. Reading a patch takes from the disk no more than the patch
 import json
 import multiprocessing
 import os
-import re
 import signal
 import threading
 import time
@@ -39,7 +38,7 @@ from cwdm.case import Case, Kind
 from cwdm.checks import findings, read_fit
 from cwdm.dicom import Series, read_series
 from cwdm.errors import InputError
-from cwdm.files import atomic_write
+from cwdm.files import atomic_write, safe_name
 from cwdm.intensity import NORMALIZATIONS, NormalizationName, Scale
 from cwdm.layouts import Found
 from cwdm.modality import SEQUENCES, Modality
@@ -65,15 +64,14 @@ _STALE_SECONDS = 3600
 """A temporary file that is older belongs to a run that was killed: one is written in seconds."""
 _AIR = -1000.0
 """In HU: what is around a CT."""
-_UNFIT = re.compile(r'^\.|[%/\\:*?"<>|\x00-\x1f]')
-"""What no file name may have in it."""
 
 
 class File(NamedTuple):
     """What tells whether a file is the same as before, and stands for the same."""
 
     kind: Kind
-    name: str
+    path: str
+    """Absolute, without links: files elsewhere may have the same name, size and time."""
     size: int
     """Bytes."""
     changed: int
@@ -230,12 +228,15 @@ def fill(
     """
     folder = Path(folder)
     _begin(folder, dtype)
+    sources: list[Case | Series] = [*found.cases, *found.series]
+    well = {source.id for source in sources}
     refused: dict[str, list[str]] = {}
     for problem in found.problems:
-        refused.setdefault(problem.case, []).append(problem.message)
-    for case_id, messages in refused.items():
-        yield _leave_out(case_id, folder, messages)
-    sources: list[Case | Series] = [*found.cases, *found.series]
+        # a folder without a case may bear the name of one that is well
+        name = problem.message.partition(": ")[0] if problem.case in well else problem.case
+        refused.setdefault(name, []).append(problem.message)
+    for name, messages in refused.items():
+        yield _leave_out(name, folder, messages)
     todo = []
     for source in sources:
         if report := _unchanged(source, folder, dtype, accept):
@@ -351,10 +352,10 @@ def _files(source: Case | Series) -> tuple[File, ...]:
     else:
         paths = [(Modality.CT, Path(file)) for file in source.files]
     try:
-        stats = [(kind, path.name, path.stat()) for kind, path in paths]
+        stats = [(kind, str(path.resolve()), path.stat()) for kind, path in paths]
     except OSError:
         return ()
-    return tuple(File(kind, name, stat.st_size, stat.st_mtime_ns) for kind, name, stat in stats)
+    return tuple(File(kind, path, stat.st_size, stat.st_mtime_ns) for kind, path, stat in stats)
 
 
 def _notes(source: Case | Series) -> tuple[str, ...]:
@@ -491,9 +492,8 @@ def _bit(modality: Modality) -> int:
 
 
 def _path(folder: Path, case_id: str) -> Path:
-    """Where a case is kept; what no file name may have in it is written as %2F and the like."""
-    name = _UNFIT.sub(lambda unfit: f"%{ord(unfit[0]):02X}", case_id)
-    return folder / f"{name}.safetensors"
+    """Where a case is kept."""
+    return folder / f"{safe_name(case_id)}.safetensors"
 
 
 def _open_case(path: Path) -> CachedCase:

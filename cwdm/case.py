@@ -32,6 +32,9 @@ class Case:
     images: Mapping[Modality, Path]
     """The image files there are, in the order of `Modality`."""
     segmentation: Path | None = None
+    numbers: Mapping[int, int] | None = None
+    """Labels of the segmentation -> those of BraTS, where its data set numbers them otherwise; none
+    at all where it has other labels."""
 
     @property
     def missing(self) -> tuple[Modality, ...]:

@@ -53,8 +53,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except MemoryError:
         raise
     except Exception as error:  # what is no pickle makes torch stumble in any way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a readable checkpoint: {reason}") from error
+        raise InputError(
+            f"{path}: not a readable checkpoint, expected tensors that torch saved"
+        ) from error
     for wrapper in _WRAPPERS:
         if isinstance(saved, Mapping) and isinstance(saved.get(wrapper), Mapping):
             saved = saved[wrapper]

@@ -20,7 +20,7 @@ from cwdm.case import Case
 from cwdm.errors import InputError
 from cwdm.masks import extent
 from cwdm.modality import SEQUENCES, Modality
-from cwdm.volume import Volume, brain_mask, read_volume, read_volumes
+from cwdm.volume import Volume, brain_mask, read_image, read_volumes
 
 __all__ = ["Finding", "Kind", "examine", "findings", "read_fit"]
 
@@ -88,7 +88,8 @@ def examine(case: Case) -> list[Finding]:
 def read_fit(case: Case) -> tuple[dict[Modality, Volume], list[Finding]]:
     """The images that can be read and lie on one grid, that of most, and why the others do not.
 
-    "file": unreadable, damaged, not a 3D image, NaN or all voxels the same. "grid": another one.
+    "file": unreadable, damaged, not a 3D image, in another unit than mm, NaN, all voxels the same
+    or so few values that it is a segmentation. "grid": another one.
     """
     try:
         return read_volumes(case, case.images), []
@@ -96,7 +97,7 @@ def read_fit(case: Case) -> tuple[dict[Modality, Volume], list[Finding]]:
         volumes, found = {}, []
     for modality, path in case.images.items():
         try:
-            volumes[modality] = read_volume(path)
+            volumes[modality] = read_image(path)
         except InputError as error:
             found.append(Finding("file", (modality,), str(error)))
     grids = {m: (v.voxels.shape, *v.affine.round(1).flat) for m, v in volumes.items()}
@@ -123,12 +124,16 @@ def findings(volumes: Mapping[Modality, Volume]) -> list[Finding]:
     detail is left. "intensity": single voxels far beyond all others, many at the highest value, or
     one side of the brain much brighter than the other.
 
-    In grids below 24 voxels along an axis, and brains below 50 ml, only the first two can be told;
-    noise, blur and motion only in voxels up to 2 mm, motion in three images or more. Masks that
-    differ by a rim are no finding.
+    An image that lacks most of the brain says nothing about the others, which are judged without
+    it. In grids below 24 voxels along an axis, and brains below 50 ml, only the first two can be
+    told; noise, blur and motion only in voxels up to 2 mm, motion in three images or more. Masks
+    that differ by a rim are no finding.
     """
     masks = {modality: brain_mask(volume) for modality, volume in volumes.items()}
-    found = [*_skulls(volumes, masks), *_duplicates(volumes), *_registration(volumes, masks)]
+    found = [*_skulls(volumes, masks), *_duplicates(volumes)]
+    strays = _strays(volumes, masks)
+    whole = {m: v for m, v in volumes.items() if all(m not in each.modalities for each in strays)}
+    found += [*strays, *_registration(whole, {m: masks[m] for m in whole})]
     apart = {m for each in found if each.kind != "duplicate" for m in each.modalities}
     rest = {m: volume for m, volume in volumes.items() if m not in apart}
     if rest and _are_large([masks[m] for m in rest], next(iter(rest.values())).affine):
@@ -142,8 +147,13 @@ def findings(volumes: Mapping[Modality, Volume]) -> list[Finding]:
 def _are_large(masks: Sequence[NDArray[np.bool_]], affine: NDArray[np.float64]) -> bool:
     """Whether there is enough to judge in what the images have in common."""
     common = np.logical_and.reduce(masks)
-    ml = common.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000
-    return bool(min(common.shape) >= _FEWEST_VOXELS and ml >= _SMALLEST_BRAIN_ML)
+    enough = _ml(common, affine) >= _SMALLEST_BRAIN_ML
+    return bool(min(common.shape) >= _FEWEST_VOXELS and enough)
+
+
+def _ml(mask: NDArray[np.bool_], affine: NDArray[np.float64]) -> float:
+    """Its volume."""
+    return float(mask.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000)
 
 
 def _skulls(
@@ -151,7 +161,7 @@ def _skulls(
 ) -> list[Finding]:
     found = []
     for modality, volume in volumes.items():
-        ml = masks[modality].sum() * abs(np.linalg.det(volume.affine[:3, :3])) / 1000
+        ml = _ml(masks[modality], volume.affine)
         if ml > _LARGEST_BRAIN_ML:
             message = (
                 f"{volume.path}: found {ml / 1000:.1f} l that are not background, expected a "
@@ -171,6 +181,38 @@ def _duplicates(volumes: Mapping[Modality, Volume]) -> list[Finding]:
             message = f"{a.path} and {b.path}: found the same image twice, expected two modalities"
             found.append(Finding("duplicate", (one, other), message))
     return found
+
+
+def _strays(
+    volumes: Mapping[Modality, Volume], masks: Mapping[Modality, NDArray[np.bool_]]
+) -> list[Finding]:
+    """The images that hold less than half of the brain that most others show.
+
+    Of two brains that have nothing in common, neither is to blame.
+    """
+    large = {m for m, volume in volumes.items() if _are_large([masks[m]], volume.affine)}
+    votes = np.sum([masks[m] for m in large], axis=0) if large else np.zeros(())
+    found = []
+    for modality, volume in volumes.items():
+        mask, others = masks[modality], large - {modality}
+        if not others or (modality in large and len(others) == 1):
+            continue
+        own = mask if modality in large else 0
+        expected = np.greater(2 * (votes - own), len(others))
+        if 2 * (mask & expected).sum() > expected.sum():
+            continue
+        spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
+        if (ml := spoilt.cut_ml(mask, expected, spacing)) > _LEAST_CUT_ML:
+            found.append(_cut_off(modality, volume, f"{ml:.0f} ml"))
+    return found
+
+
+def _cut_off(modality: Modality, volume: Volume, much: str) -> Finding:
+    message = (
+        f"{volume.path}: found {much} cut off of the brain that other images show, expected the "
+        "whole brain"
+    )
+    return Finding("field-of-view", (modality,), message)
 
 
 def _registration(
@@ -228,13 +270,11 @@ def _fields(
         mask = masks[modality]
         expected = np.greater(2 * (votes - mask), len(volumes) - 1)  # by most of the others
         if slices := spoilt.gaps(mask):
-            problem = f"{slices} slices without brain between others"
+            between = f"{slices} slices without brain between others"
+            message = f"{volume.path}: found {between}, expected the whole brain"
+            found.append(Finding("field-of-view", (modality,), message))
         elif (ml := spoilt.cut_ml(mask, expected, spacing)) > _LEAST_CUT_ML:
-            problem = f"{ml:.0f} ml cut off of the brain that other images show"
-        else:
-            continue
-        message = f"{volume.path}: found {problem}, expected the whole brain"
-        found.append(Finding("field-of-view", (modality,), message))
+            found.append(_cut_off(modality, volume, f"{ml:.0f} ml"))
     return found
 
 

@@ -350,7 +350,10 @@ def _work(
                 counts["failed"] += 1
         barren = 0 if begun else barren + 1
         if waiting and barren == _BARREN:
-            raise InputError("workers die before they begin, perhaps for memory; expected fewer")
+            raise InputError(
+                "workers die before they begin: perhaps for memory (fewer help), or for a script "
+                'without if __name__ == "__main__", which they import'
+            )
     yield counts["done"], counts["failed"]
 
 
@@ -426,8 +429,11 @@ class _Bench:
                 if isinstance(error, InputError)
                 else f"case {case.id}: unexpected {type(error).__name__}: {error}"
             )
-            known = task.known.outputs if task.known else {}
-            left = self._clear({**known, **outputs}, lost=self._lost(task, None))
+            there = {**(task.known.outputs if task.known else {}), **outputs}
+            if any(_is_altered(self.place.output / name, there[name]) for name in there):
+                left = there  # whoever changed a result wants its record, too
+            else:
+                left = self._clear(there, lost=self._lost(task, None))
             message = " ".join(message.split())
             entry = replace(_failed(case.id, message, task.known), outputs=left)
         self.place.leave(replace(entry, seconds=time.perf_counter() - began))
@@ -492,16 +498,24 @@ def _is_same(one: Path, other: Path) -> bool:
     return one.stat().st_size == other.stat().st_size and sha256(one) == sha256(other)
 
 
+def _is_altered(path: Path, state: FileState | None) -> bool:
+    """Whether somebody changed a file that an earlier run put there. A link changes with the input
+    and is not meant."""
+    if state is None or not path.is_file() or path.stat().st_nlink > 1:
+        return False
+    return not state.is_current(path)
+
+
 def _is_disposable(path: Path, state: FileState | None, lost: bool) -> bool:
     """Whether nothing is lost with a file that an earlier run put there."""
-    if not path.is_file():
+    if not path.is_file() or _is_altered(path, state):
         return False
     if path.suffix == ".json" or path.stat().st_nlink > 1:
         return True
     with suppress(InputError):
         if is_result(path):
             return True
-    return state is not None and not lost and state.is_current(path)
+    return state is not None and not lost
 
 
 class _Stopped(Exception):

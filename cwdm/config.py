@@ -57,7 +57,7 @@ class Images:
     """How a case becomes images."""
 
     normalization: NormalizationName = "robust"
-    spacing_mm: float = 1.0
+    spacing_mm: Annotated[float, Field(gt=0)] = 1.0
     """Voxel size of the images."""
     orientation: Orientation = "RAS"
     """Which way the axes point. BraTS files and the models published for them are LPS, those for

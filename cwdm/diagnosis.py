@@ -728,8 +728,8 @@ def _energy(run: Run) -> Iterator[Finding]:
             "energy",
             f"Samples have {total:.2g} of the energy of the data in the fine bands: blurred, as "
             "the estimate of one step has to be, the mean of all images that fit. That is best "
-            "for PSNR; for texture train on all times and sample with dpm++2m or ddpm in 20 steps "
-            "or more.",
+            "for PSNR; for texture train on all times and sample with ddpm or heun in 20 steps or "
+            "more.",
         )
     elif total < _BLURRED:
         yield Finding(

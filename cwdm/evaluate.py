@@ -34,10 +34,10 @@ from cwdm.modality import SEQUENCES, Modality, others
 from cwdm.montage import montage, voxel_size_mm
 from cwdm.protocols import PROTOCOLS, Distances, Protocol
 from cwdm.provenance import read_interval
-from cwdm.segmentation import Labels, brats_labels
+from cwdm.segmentation import Labels, case_labels
 from cwdm.summary import BLANK, ERASED, NAMES
 from cwdm.uncertainty import Uncertainty, agreement, in_units_of
-from cwdm.volume import Volume, acquired, brain_mask, read_labels, read_map, read_volumes
+from cwdm.volume import Volume, acquired, brain_mask, read_map, read_volumes
 
 if TYPE_CHECKING:
     from cwdm.synthesis import Synthesis  # loads torch, which no comparison needs
@@ -58,7 +58,6 @@ __all__ = [
     "picture",
     "reliability",
     "tabulate",
-    "with_segmentations",
 ]
 
 Voxels = NDArray[np.floating]
@@ -207,8 +206,7 @@ def compare(
     volumes = read_volumes(case, SEQUENCES)
     labels: Labels | None = None
     if case.segmentation:
-        found = read_labels(case.segmentation, volumes[targets[0]])
-        labels = brats_labels(found, case.segmentation)
+        labels = case_labels(case, volumes[targets[0]])
     tumor = None if labels is None else labels > 0
     features = CaseFeatures.of(volumes) if regressions else None
     for target in targets:
@@ -294,28 +292,6 @@ def complete_cases(cases: Iterable[Case]) -> list[Case]:
     if not complete:
         raise InputError(f"found no case with all of {', '.join(SEQUENCES)}, expected at least one")
     return complete
-
-
-def with_segmentations(cases: Iterable[Case], root: Path) -> list[Case]:
-    """The cases with the segmentations in `<id>-seg.nii.gz` (or `.nii`) anywhere below `root`.
-
-    Raises:
-        InputError: not a folder; no segmentation for one of the cases, or two.
-    """
-    if not root.is_dir():
-        raise InputError(f"{root}: not a folder, expected one with segmentations")
-    files: dict[str, Path] = {}
-    for path in sorted(root.rglob("*-seg.nii*")):
-        case_id = path.name.removesuffix(".gz").removesuffix("-seg.nii")
-        if case_id in files:
-            raise InputError(f"{files[case_id]} and {path}: two segmentations of one case")
-        files[case_id] = path
-    segmented = []
-    for case in cases:
-        if case.id not in files:
-            raise InputError(f"{root}: found no {case.id}-seg.nii.gz, expected one for every case")
-        segmented.append(replace(case, segmentation=files[case.id]))
-    return segmented
 
 
 def draw_sample(cases: Iterable[Case], *, seed: int = 0) -> VoxelSample:
@@ -438,6 +414,7 @@ def images(
                 "case": case.id,
                 "acquired": {modality: place(path) for modality, path in case.images.items()},
                 "segmentation": place(case.segmentation) if case.segmentation else None,
+                "numbers": case.numbers,
                 "predictions": {
                     method: {target: place(found.paths[case.id, target]) for target in targets}
                     for method, found in predictions.items()

@@ -32,20 +32,15 @@ from cwdm.engine import Progress
 from cwdm.errors import InputError
 from cwdm.modality import SEQUENCES, Modality, find_modality
 from cwdm.segmentation import (
-    ED,
-    ET,
-    NCR,
     Labels,
-    Region,
     brats_labels,
+    brats_numbers,
     check_complete,
     digest,
-    find_label,
-    find_region,
 )
 from cwdm.volume import Volume, new_volume, read_labels, read_volumes, write_volume
 
-__all__ = ["BRATS", "Brats", "Command", "NnUnet", "brats_numbers"]
+__all__ = ["BRATS", "Brats", "Command", "NnUnet"]
 
 _PLACEHOLDERS = ("input", "output", *SEQUENCES, "id")
 _TIMEOUT_S = 3600.0
@@ -236,8 +231,9 @@ class NnUnet(_OnFiles):
         try:
             described = json.loads(dataset.read_bytes())
         except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
             raise InputError(
-                f"{dataset}: {error}, expected a results folder of nnU-Net v2"
+                f"{dataset}: {reason}, expected a results folder of nnU-Net v2"
             ) from error
         self.channels = _nnunet_channels(described, dataset)
         self.numbers = brats_numbers(described.get("labels"), dataset)
@@ -289,33 +285,6 @@ def _nnunet_channels(described: Mapping[str, Any], where: Path) -> tuple[Modalit
             f"{where}: channel_names are {', '.join(ordered) or 'absent'}, expected MRI sequences"
         )
     return tuple(channel for channel in channels if channel)
-
-
-def brats_numbers(labels: Any, where: Path) -> dict[int, int]:
-    """nnU-Net's number of a label -> BraTS's. Theirs differ: their BraTS data sets have edema at 1.
-
-    `labels` names either labels (`"edema": 2`) or regions (`"whole tumor": [1, 2, 3]`).
-    """
-    refusal = InputError(
-        f"{where}: labels are {json.dumps(labels)}, expected background, and either whole tumor, "
-        "tumor core and enhancing tumor as lists or necrosis, edema and enhancing tumor"
-    )
-    try:
-        given = {name: {int(n) for n in np.ravel(value)} for name, value in labels.items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise refusal from error
-    given.pop("ignore", None)
-    if given.pop("background", None) != {0}:
-        raise refusal
-    members = {find_region(name): numbers for name, numbers in given.items()}
-    if len(given) == 3 and {*members} == {*Region}:
-        whole, core, enhancing = (members[region] for region in Region)
-        if enhancing < core < whole:
-            return {0: 0} | {n: ET if n in enhancing else NCR if n in core else ED for n in whole}
-    found = {n: find_label(name) for name, numbers in given.items() for n in numbers}
-    if len(given) == len(found) == 3 and {*found.values()} == {NCR, ED, ET}:
-        return {0: 0} | {n: label for n, label in found.items() if label is not None}
-    raise refusal
 
 
 class Brats(_OnFiles):

@@ -29,8 +29,10 @@ from cwdm.errors import InputError
 from cwdm.files import atomic_write, sha256
 from cwdm.intensity import NORMALIZATIONS
 from cwdm.machine import choose_device
+from cwdm.metrics import MS_SSIM_WEIGHTS
 from cwdm.modality import Modality, find_modality
 from cwdm.preparation import Frame
+from cwdm.segmenters import check_script
 from cwdm.significance import interval
 from cwdm.volume import brain_mask, is_synthetic, read_volume
 
@@ -63,7 +65,8 @@ Vector = NDArray[np.float32]
 ENOUGH = 500
 """Images below which FID is mostly bias."""
 SSIM_WINDOW = 7
-SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003
+_MAPS = ("std", "low", "high")
+"""How `cwdm synthesize` ends the names of what it writes of several samples beside their mean."""
 FILES = ("fidelity.csv", "fidelity.json")
 PROTOCOL = (
     "Images: brain in the middle of a block of one size for all, cut or padded; in it 0.1 % and "
@@ -92,7 +95,7 @@ class Figure:
 
 
 def find_images(root: Path, modality: Modality | None = None) -> list[Path]:
-    """The NIfTI files below `root`, sorted, without segmentations.
+    """The NIfTI files below `root`, sorted, without segmentations and maps of several samples.
 
     Args:
         modality: only those whose name ends with it (`<id>-t1n.nii.gz`, or any alias).
@@ -102,19 +105,19 @@ def find_images(root: Path, modality: Modality | None = None) -> list[Path]:
     """
     if not root.is_dir():
         raise InputError(f"{root}: not a folder, expected one with images")
-    kinds = {
-        path: re.split("[-_]", path.name.partition(".nii")[0])[-1]
-        for path in sorted(root.rglob("*.nii*"))
-        if not path.name.startswith(".") and path.name.endswith((".nii", ".nii.gz"))
-    }
+    kinds: dict[Path, str] = {}
+    for path in sorted(root.rglob("*.nii*")):
+        if path.name.startswith(".") or not path.name.endswith((".nii", ".nii.gz")):
+            continue
+        *_, of, kind = ["", *re.split("[-_]", path.name.partition(".nii")[0])]
+        if kind.lower() != "seg" and not (kind in _MAPS and find_modality(of)):
+            kinds[path] = kind
     there = {found for kind in kinds.values() if (found := find_modality(kind))}
     if modality is None and len(there) > 1:
         listed = ", ".join(sorted(there))
         raise InputError(f"{root}: found images of {listed}, expected one modality to be chosen")
     paths = [
-        path
-        for path, kind in kinds.items()
-        if (find_modality(kind) is modality if modality else kind.lower() != "seg")
+        path for path, kind in kinds.items() if modality is None or find_modality(kind) is modality
     ]
     if len(paths) < 2:
         what = f" of {modality}" if modality else ""
@@ -239,6 +242,7 @@ def _dilate(layer: nn.Module, dilation: int) -> None:
 def _scripted(path: Path) -> nn.Module:
     """A TorchScript file: tensors and operations of torch, no Python."""
     try:
+        check_script(path)
         network: nn.Module = torch.jit.load(path, map_location="cpu")
     except RuntimeError as error:
         raise InputError(
@@ -370,7 +374,7 @@ def scales(size: Sequence[int]) -> int:
     """
     room = [
         count
-        for count in range(1, len(SSIM_WEIGHTS) + 1)
+        for count in range(1, len(MS_SSIM_WEIGHTS) + 1)
         # the smallest image has to hold the window; MONAI asks for the second
         if min(size) // max(2 ** (count - 1), (count - 1) ** 2) >= SSIM_WINDOW
     ]
@@ -384,13 +388,13 @@ def ms_ssim(one: Tensor, other: Tensor) -> float:
 
     Below 112 voxels there is no room for five scales: the weights of those there are then sum to 1.
     """
-    weights = np.array(SSIM_WEIGHTS[: scales(one.shape)])
+    weights = np.array(MS_SSIM_WEIGHTS[: scales(one.shape)])
     value = compute_ms_ssim(
         one[None, None],
         other[None, None],
         spatial_dims=3,
         kernel_size=SSIM_WINDOW,
-        weights=list(weights if len(weights) == len(SSIM_WEIGHTS) else weights / weights.sum()),
+        weights=list(weights if len(weights) == len(MS_SSIM_WEIGHTS) else weights / weights.sum()),
     )
     return float(value)
 

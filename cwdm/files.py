@@ -5,6 +5,7 @@ import fcntl
 import gzip
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from typing import IO
 from cwdm.errors import InputError
 
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_UNFIT = re.compile(r'^\.|[%/\\:*?"<>|\x00-\x1f]')
+"""What no file name may have in it, and what stands for it."""
 
 
 def check_target(path: Path, overwrite: bool = False) -> None:
@@ -82,6 +85,14 @@ def sha256(path: Path) -> str:
         raise InputError(f"{path}: cannot be read, {error.strerror or error}") from error
 
 
+def safe_name(text: str) -> str:
+    """What no file name may have in it, path separators first of all, written as %2F and the like.
+
+    Different texts have different names.
+    """
+    return _UNFIT.sub(lambda unfit: f"%{ord(unfit[0]):02X}", text)
+
+
 def lock(path: Path) -> IO[str]:
     """An open file that no other process can lock; the system unlocks it when this one ends.
 
@@ -133,10 +144,14 @@ def link_or_copy(source: Path, path: Path, *, copy: bool = False) -> None:
 
 
 def gzip_copy(source: Path, path: Path) -> None:
-    """The same bytes, packed; InputError as `link_or_copy`."""
+    """The same bytes, packed, and always to the same file; InputError as `link_or_copy`."""
     check_target(path)
     try:
-        with source.open("rb") as file, gzip.open(path, "wb", compresslevel=6) as packed:
+        with (
+            source.open("rb") as file,
+            path.open("xb") as target,
+            gzip.GzipFile("", "wb", compresslevel=6, fileobj=target, mtime=0) as packed,
+        ):
             shutil.copyfileobj(file, packed)
     except OSError as error:
         raise InputError(f"{error.filename or path}: {error.strerror or error}") from error

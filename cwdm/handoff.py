@@ -2,7 +2,8 @@
 
 import cwdm
 
-table = cwdm.segment("cohort", "segmented", model="nnunet:results", impute_missing=True)
+if __name__ == "__main__":  # after an interruption, processes import the script
+    table = cwdm.segment("cohort", "segmented", model="nnunet:results", impute_missing=True)
 """
 
 import time

@@ -2,7 +2,8 @@
 
 import cwdm
 
-table = cwdm.impute("cohort", "completed")
+if __name__ == "__main__":  # after an interruption, processes import the script
+    table = cwdm.impute("cohort", "completed")
 """
 
 import dataclasses
@@ -40,9 +41,9 @@ from cwdm.machine import Precision, choose_device
 from cwdm.modality import SEQUENCES, Modality, parse_modality
 from cwdm.model import default_model
 from cwdm.provenance import sidecar
-from cwdm.segmentation import brats_labels
+from cwdm.segmentation import case_labels
 from cwdm.synthesis import Synthesizer
-from cwdm.volume import acquired, read_labels, read_volume, read_volumes, stored_as, write_volume
+from cwdm.volume import acquired, read_volume, read_volumes, stored_as, write_volume
 
 __all__ = ["Imputation", "Plan", "impute", "plan"]
 
@@ -142,8 +143,8 @@ class Imputation:
         for kind, source in self._handed_on(case).items():
             path = folder / image_path(self.layout, case.id, kind, self._suffix(source))
             path.parent.mkdir(parents=True, exist_ok=True)
-            if kind == "seg" and self.layout == "nnunet":
-                _write_labels(source, path, case)
+            if kind == "seg" and (self.layout == "nnunet" or case.numbers):
+                _write_labels(path, case)
             elif path.name.endswith(".gz") and not source.name.lower().endswith(".gz"):
                 gzip_copy(source, path)
             else:
@@ -368,9 +369,9 @@ def _acquired_only(found: Found, replaced: Sequence[Modality]) -> Found:
     return Found(cases, problems, found.series)
 
 
-def _write_labels(source: Path, path: Path, case: Case) -> None:
-    """A segmentation with the labels that the data set's description promises."""
+def _write_labels(path: Path, case: Case) -> None:
+    """The segmentation with the labels of BraTS, which the data set's description promises."""
     like = read_volume(next(iter(case.images.values())))
-    labels = brats_labels(read_labels(source, like), source)
+    labels = case_labels(case, like)
     grid = dataclasses.replace(like, header=stored_as(np.uint8, like.header))
     write_volume(labels, grid, path, f"cwdm {__version__} labels 1 NCR, 2 ED, 3 ET")

@@ -136,7 +136,9 @@ class ScalePrior:
         )
 
     def predict(self, scales: Mapping[Modality, Scale]) -> Scale:
-        """The target's scale from those of the modalities a case does have."""
-        logs = [np.log(scales[other].scale) + self.ratios[other] for other in scales]
+        """The target's scale from those of the modalities a case does have, and training cases
+        had."""
+        known = [other for other in scales if other in self.ratios]
+        logs = [np.log(scales[other].scale) + self.ratios[other] for other in known]
         scale = float(np.exp(np.mean(logs))) if logs else self.scale
         return Scale(self.offset * scale, scale)

@@ -7,6 +7,7 @@ import csv
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -15,6 +16,7 @@ from cwdm.dicom import Series
 from cwdm.errors import InputError
 from cwdm.files import atomic_write
 from cwdm.modality import SEQUENCES, Modality, find_modality
+from cwdm.segmentation import brats_numbers
 
 __all__ = ["DESCRIPTIONS", "Found", "Layout", "Problem", "describe", "find", "image_path", "merge"]
 
@@ -133,7 +135,7 @@ def _is_odd(folder: Path, names: list[str], root: Path) -> bool:
 
 def _from_nnunet(folder: Path) -> Found:
     """`imagesTr/<id>_<channel>.nii.gz`, else `imagesTs`; `dataset.json` names the channels."""
-    channels = _channels(folder / "dataset.json")
+    channels, numbers = _description(folder / "dataset.json")
     files: dict[str, Files] = {}
     problems = []
     # nobody is to train on images that are for testing, unless they are all there is
@@ -156,11 +158,13 @@ def _from_nnunet(folder: Path) -> Found:
             files.setdefault(match["id"], []).append(("seg", labels / name))
     bad = {problem.case for problem in problems}
     found = _assemble((case_id, each) for case_id, each in files.items() if case_id not in bad)
-    return Found(found.cases, problems + found.problems)
+    cases = [replace(case, numbers=numbers if case.segmentation else None) for case in found.cases]
+    return Found(cases, problems + found.problems)
 
 
-def _channels(path: Path) -> dict[int, Modality | None]:
-    """Channel number -> modality, None for other images; `channel_names`, before v2 `modality`."""
+def _description(path: Path) -> tuple[dict[int, Modality | None], dict[int, int] | None]:
+    """Channel number -> modality, None for other images (`channel_names`, before v2 `modality`),
+    and the numbers of a `Case`, from `labels`."""
     try:
         description: Any = json.loads(path.read_bytes())
         names: Any = description.get("channel_names") or description["modality"]
@@ -173,7 +177,18 @@ def _channels(path: Path) -> dict[int, Modality | None]:
     if not any(channels.values()):
         listed = ", ".join(str(name) for name in names.values()) or "none"
         raise InputError(f"{path}: found channels {listed}, expected T1, T1ce, T2, FLAIR or CT")
-    return channels
+    return channels, _numbers(description.get("labels"), path)
+
+
+def _numbers(labels: Any, path: Path) -> dict[int, int] | None:
+    """The numbers of a `Case`; what is not named is taken for those of BraTS."""
+    if not labels:
+        return None
+    try:
+        numbers = brats_numbers(labels, path)
+    except InputError:  # a data set of something else, which matters to nobody but who asks
+        return {}
+    return None if all(n == number for n, number in numbers.items()) else numbers
 
 
 def _from_bids(folder: Path) -> Found:

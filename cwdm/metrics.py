@@ -110,6 +110,12 @@ class Aligned:
             box=box,
         )
 
+    def whole(self, shape: tuple[int, ...]) -> tuple[Voxels, Voxels]:
+        """Prediction and truth, back in arrays of the shape they were given in."""
+        both = np.zeros((2, *shape), dtype=np.float32)
+        both[0][self.box], both[1][self.box] = self.prediction, self.truth
+        return both[0], both[1]
+
 
 def mae(prediction: Voxels, truth: Voxels, mask: Mask) -> float:
     """Mean over `mask` of |prediction - truth|, in the units of the two."""

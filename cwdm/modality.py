@@ -52,6 +52,8 @@ def parse_modality(name: str) -> Modality:
     """
     if (modality := find_modality(name)) in SEQUENCES:
         return modality
-    nearest = get_close_matches(name.lower(), _BY_ALIAS, n=1, cutoff=0.5)
-    hint = f"; did you mean {_BY_ALIAS[nearest[0]]}?" if nearest else ""
+    sequences = [alias for alias, modality in _BY_ALIAS.items() if modality in SEQUENCES]
+    nearest = get_close_matches(name.lower(), sequences, n=1, cutoff=0.5)
+    known = find_modality(name)  # CT, which is near to nothing else
+    hint = f"; did you mean {_BY_ALIAS[nearest[0]]}?" if nearest and not known else ""
     raise InputError(f"{name!r} is not a modality, expected one of {', '.join(SEQUENCES)}{hint}")

@@ -164,6 +164,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file, expected a model (.safetensors)") from None
     except (SafetensorError, OSError) as error:
+        if path.is_dir():
+            raise InputError(f"{path}: found a folder, expected a model (.safetensors)") from None
         raise InputError(f"{path}: not a readable safetensors file: {error}") from error
     if metadata.get("format") != _FORMAT:
         raise InputError(

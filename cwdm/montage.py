@@ -28,7 +28,8 @@ from cwdm.volume import Volume, brain_mask, read_volumes
 if TYPE_CHECKING:
     from cwdm.synthesis import Synthesis  # loads torch, which no picture needs
 
-__all__ = ["check_picture", "inferno", "montage", "preview", "sheet", "voxel_size_mm", "write_png"]
+__all__ = ["check_picture", "inferno", "montage", "preview", "sheet", "shown_range"]
+__all__ += ["voxel_size_mm", "write_png"]
 
 Voxels = NDArray[np.floating]
 Mask = NDArray[np.bool_]
@@ -39,6 +40,7 @@ NAMES = {
     Modality.T1C: "T1 contrast",
     Modality.T2W: "T2",
     Modality.T2F: "FLAIR",
+    Modality.CT: "CT",
 }
 PLANES = ("axial", "coronal", "sagittal")
 WINDOW = (0.005, 0.998)  # in-brain quantiles shown black and white
@@ -105,18 +107,18 @@ def montage(
         notes: further lines for the foot of the picture, such as the figures of a floor.
     """
     columns = [
-        _Column(voxels, NAMES[modality], "acquired", QUIET, *_window(voxels, brain))
+        _Column(voxels, NAMES[modality], "acquired", QUIET, *shown_range(voxels, brain))
         for modality, voxels in acquired.items()
     ]
     name = NAMES[target]
     feet = list(notes)
     if truth is None:
-        window = _window(synthetic, brain)
+        window = shown_range(synthetic, brain)
         columns.append(_Column(synthetic, name, "SYNTHETIC", AMBER, *window))
     else:
-        aligned = Aligned.of(synthetic, truth, brain)
-        fitted, shares = _uncrop(aligned, brain.shape)
-        window = _window(shares, brain)
+        aligned = Aligned.of(synthetic, truth, brain, rising=True)
+        fitted, shares = aligned.whole(brain.shape)
+        window = shown_range(shares, brain)
         error = np.abs(fitted - shares)
         top = _round_up(float(np.quantile(error[brain], 0.99)))
         columns += [
@@ -231,7 +233,7 @@ def sheet(
 def _slices(volume: Volume) -> list[Image.Image]:
     """The middle slice of each plane, in the window of what is not background, upright."""
     voxels, spacing = volume.voxels, voxel_size_mm(volume.affine)
-    low, high = _window(voxels, voxels != 0)
+    low, high = shown_range(voxels, voxels != 0)
     shape = [n * step for n, step in zip(voxels.shape, spacing, strict=True)]  # mm
     scale = SMALL / max(shape[:2])
     images = []
@@ -381,19 +383,14 @@ def _head(pen: ImageDraw.ImageDraw, left: int, width: int, heading: str, case_id
         pen.text((heading_end + 18, 40), case_id, QUIET, _font(16), anchor="ls")
 
 
-def _window(voxels: Voxels, brain: Mask) -> tuple[float, float]:
-    """What is shown black and white; a constant image is shown black."""
+def shown_range(
+    voxels: Voxels, brain: Mask, quantiles: tuple[float, float] = WINDOW
+) -> tuple[float, float]:
+    """As `intensity_range`, of what is shown black and white; a constant image is shown black."""
     try:
-        return intensity_range(voxels, brain, WINDOW)
+        return intensity_range(voxels, brain, quantiles)
     except ValueError:
         return float(voxels[brain].max()), float(voxels[brain].max()) + 1
-
-
-def _uncrop(aligned: Aligned, shape: tuple[int, ...]) -> tuple[Voxels, Voxels]:
-    """Prediction and truth of a comparison, back in the whole array."""
-    both = np.zeros((2, *shape), dtype=np.float32)
-    both[0][aligned.box], both[1][aligned.box] = aligned.prediction, aligned.truth
-    return both[0], both[1]
 
 
 def _middle(brain: Mask, tumor: Mask | None) -> tuple[int, int, int]:

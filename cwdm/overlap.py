@@ -21,7 +21,7 @@ from cwdm import __version__
 from cwdm.case import Case
 from cwdm.errors import InputError
 from cwdm.files import atomic_write, sha256
-from cwdm.segmentation import ED, NCR, Labels, brats_labels, dice, regions
+from cwdm.segmentation import ED, NCR, Labels, brats_labels, case_labels, dice, regions
 from cwdm.significance import METHODS, interval, paired
 from cwdm.volume import read_labels, read_volume
 
@@ -124,13 +124,10 @@ def read_pair(case: Case, found: Path) -> tuple[Labels, Labels, list[float]]:
 
     Raises:
         InputError: a file cannot be read or holds other labels, or there are two grids.
+        ValueError: the case has no segmentation.
     """
-    if case.segmentation is None:
-        raise ValueError(f"case {case.id} has no segmentation")
     like = read_volume(next(iter(case.images.values())))
-    other, truth = (
-        brats_labels(read_labels(path, like), path) for path in (found, case.segmentation)
-    )
+    truth, other = case_labels(case, like), brats_labels(read_labels(found, like), found)
     return other, truth, np.linalg.norm(like.affine[:3, :3], axis=0).tolist()
 
 

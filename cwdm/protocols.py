@@ -116,10 +116,7 @@ class Protocol:
 
 def _aligned(prediction: Voxels, truth: Voxels, brain: Mask, rising: bool) -> tuple[Voxels, Voxels]:
     """`Aligned`, put back into the whole volume."""
-    aligned = Aligned.of(prediction, truth, brain, rising=rising)
-    p, t = np.zeros((2, *truth.shape), dtype=np.float32)
-    p[aligned.box], t[aligned.box] = aligned.prediction, aligned.truth
-    return p, t
+    return Aligned.of(prediction, truth, brain, rising=rising).whole(truth.shape)
 
 
 def _percentiles(image: Voxels) -> Voxels:

@@ -18,6 +18,7 @@ __all__ = [
     "SampleProvenance",
     "SegmentationProvenance",
     "Source",
+    "check_record",
     "read_interval",
     "segmentation_warnings",
     "sidecar",
@@ -157,6 +158,17 @@ def read_interval(image: Path) -> Interval | None:
         return Interval(**{**found, "regions": regions})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a record of cwdm, expected the one of the image") from error
+
+
+def check_record(path: Path) -> None:
+    """InputError if a file that is no record of cwdm is there: another program's, perhaps of an
+    acquired image."""
+    try:
+        record = json.loads(path.read_bytes()) if path.exists() else {"cwdm": ""}
+    except (OSError, ValueError):
+        record = None
+    if not (isinstance(record, dict) and "cwdm" in record):
+        raise InputError(f"{path}: not written by cwdm, never overwritten")
 
 
 def warnings_for(

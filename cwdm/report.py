@@ -40,14 +40,14 @@ from cwdm.errors import InputError
 from cwdm.files import atomic_write, sha256
 from cwdm.masks import extent
 from cwdm.metrics import RANGE_QUANTILES, Aligned, affine_fit, intensity_range
-from cwdm.modality import Modality
+from cwdm.modality import SEQUENCES, Modality
 from cwdm.montage import NAMES as MODALITY_NAMES
-from cwdm.montage import WINDOW, inferno, voxel_size_mm
+from cwdm.montage import inferno, shown_range, voxel_size_mm
 from cwdm.provenance import Interval, Source, read_interval, sidecar, warnings_for
-from cwdm.segmentation import brats_labels, regions
+from cwdm.segmentation import case_labels, regions
 from cwdm.significance import METHODS
 from cwdm.summary import ERASED, SHOWN_FIGURES, TUMOR_REGIONS
-from cwdm.volume import Volume, brain_mask, read_labels, read_map, read_volumes
+from cwdm.volume import Volume, brain_mask, read_map, read_volumes
 
 __all__ = [
     "Page",
@@ -162,9 +162,15 @@ def picture(run: Run, subject: Subject, *, volumes: bool = True) -> Picture:
     """Read the images of a case and make its pages.
 
     Raises:
-        InputError: an image is gone, damaged, on another grid, or not the one that was measured.
+        InputError: an image is gone, damaged, on another grid, or not the one that was measured; or
+            no MRI was acquired.
     """
-    case = subject.case
+    case = subject.case.without(Modality.CT)  # it took no part, and shows a head, not a brain
+    if not case.images:
+        expected = ", ".join(SEQUENCES)
+        raise InputError(
+            f"case {case.id}: found no acquired image of {expected}, expected at least one"
+        )
     segmentation = [case.segmentation] if case.segmentation else []
     for path in (*case.images.values(), *segmentation, *subject.predictions.values()):
         if path in subject.digests and sha256(path) != subject.digests[path]:
@@ -176,7 +182,7 @@ def picture(run: Run, subject: Subject, *, volumes: bool = True) -> Picture:
     first = next(iter(acquired.values()))
     labels: NDArray[np.uint8] | None = None
     if case.segmentation:
-        labels = brats_labels(read_labels(case.segmentation, first), case.segmentation)
+        labels = case_labels(case, first)
     brains = {modality: brain_mask(volume) for modality, volume in acquired.items()}
     whole = np.logical_or.reduce([*brains.values()])
     if not whole.any():
@@ -240,12 +246,12 @@ def _page(
     if truth is None:
         brain, slope = whole, 1.0
         more[key] = _Shown(_windowed(predicted.voxels, brain)[box])
-        low, high = _range(predicted.voxels, brain)
+        low, high = shown_range(predicted.voxels, brain, RANGE_QUANTILES)
     else:
         brain = brain_mask(truth)
         aligned = Aligned.of(predicted.voxels, truth.voxels, brain, rising=True)
         slope, offset = affine_fit(predicted.voxels, truth.voxels, brain, rising=True)
-        window = _range(truth.voxels, brain, WINDOW)
+        window = shown_range(truth.voxels, brain)
         fitted = slope * predicted.voxels + np.float32(offset)
         more[key] = _Shown(_windowed(fitted, brain, window)[box])
         low, high = intensity_range(truth.voxels, brain)
@@ -386,19 +392,9 @@ def _rows(run: Run, case: str, modality: Modality) -> list[Row]:
     return rows
 
 
-def _range(
-    voxels: Voxels, brain: Mask, quantiles: tuple[float, float] = RANGE_QUANTILES
-) -> tuple[float, float]:
-    """As `intensity_range`; of a constant image one that shows it black."""
-    try:
-        return intensity_range(voxels, brain, quantiles)
-    except ValueError:
-        return float(voxels[brain].max()), float(voxels[brain].max()) + 1
-
-
 def _windowed(voxels: Voxels, brain: Mask, window: tuple[float, float] | None = None) -> Voxels:
     """Shares of the window, 0 outside the brain."""
-    low, high = window or _range(voxels, brain, WINDOW)
+    low, high = window or shown_range(voxels, brain)
     shares: Voxels = np.where(brain, ((voxels - low) / (high - low)).clip(0, 1), 0)
     return shares.astype(np.float32)
 

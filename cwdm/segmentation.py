@@ -5,11 +5,12 @@ Labels are those of BraTS 2023: 1 necrosis and other core, 2 edema, 3 enhancing 
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from cwdm.config import Orientation
 from cwdm.errors import InputError
 from cwdm.files import sha256
 from cwdm.modality import Modality
+from cwdm.volume import Volume, read_labels
 
 __all__ = [
     "Descriptor",
@@ -27,6 +29,8 @@ __all__ = [
     "Region",
     "Segmenter",
     "brats_labels",
+    "brats_numbers",
+    "case_labels",
     "check_complete",
     "dice",
     "digest",
@@ -83,6 +87,28 @@ def brats_labels(values: NDArray[np.integer], where: object) -> Labels:
     return np.where(values == 4, ET, values).astype(np.uint8)
 
 
+def case_labels(case: Case, like: Volume) -> Labels:
+    """What the case's own segmentation says, on the grid of `like`, one of its images.
+
+    Raises:
+        InputError: it cannot be read, lies on another grid or has other labels than BraTS.
+        ValueError: the case has none.
+    """
+    path = case.segmentation
+    if path is None:
+        raise ValueError(f"case {case.id} has no segmentation")
+    values = read_labels(path, like)
+    if case.numbers is not None:
+        found = np.unique(values)
+        if not {*found.tolist()} <= {*case.numbers}:
+            raise InputError(
+                f"{path}: found labels {', '.join(map(str, found[:8]))}, expected those of BraTS, "
+                "and all of them named in dataset.json"
+            )
+        values = np.array([case.numbers[n] for n in found.tolist()])[np.searchsorted(found, values)]
+    return brats_labels(values, path)
+
+
 _REGION_NAMES = {
     Region.WT: {"wt", "whole", "wholetumor"},
     Region.TC: {"tc", "core", "tumorcore"},
@@ -110,6 +136,41 @@ def find_region(name: str) -> Region | None:
 def find_label(name: str) -> int | None:
     """The label that `name` stands for (`background`, `NCR`, `edema`), or None."""
     return next((key for key, names in _LABEL_NAMES.items() if _plain(name) in names), None)
+
+
+def brats_numbers(labels: Any, where: Path) -> dict[int, int]:
+    """nnU-Net's number of a label -> BraTS's. Theirs differ: their BraTS data sets have edema at 1.
+
+    Args:
+        labels: names either labels (`"edema": 2`; before v2 `"2": "edema"`) or regions
+            (`"whole tumor": [1, 2, 3]`).
+        where: file to name in an error.
+
+    Raises:
+        InputError: other labels than those of BraTS.
+    """
+    refusal = InputError(
+        f"{where}: labels are {json.dumps(labels)}, expected background, and either whole tumor, "
+        "tumor core and enhancing tumor as lists or necrosis, edema and enhancing tumor"
+    )
+    try:
+        if labels and all(str(key).isdecimal() for key in labels):
+            labels = {name: int(number) for number, name in labels.items()}
+        given = {name: {int(n) for n in np.ravel(value)} for name, value in labels.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise refusal from error
+    given.pop("ignore", None)
+    if given.pop("background", None) != {0}:
+        raise refusal
+    members = {find_region(name): numbers for name, numbers in given.items()}
+    if len(given) == 3 and {*members} == {*Region}:
+        whole, core, enhancing = (members[region] for region in Region)
+        if enhancing < core < whole:
+            return {0: 0} | {n: ET if n in enhancing else NCR if n in core else ED for n in whole}
+    found = {n: find_label(name) for name, numbers in given.items() for n in numbers}
+    if len(given) == len(found) == 3 and {*found.values()} == {NCR, ED, ET}:
+        return {0: 0} | {n: label for n, label in found.items() if label is not None}
+    raise refusal
 
 
 def _plain(name: str) -> str:

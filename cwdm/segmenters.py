@@ -7,6 +7,7 @@ linear interpolation, and only there become labels.
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from importlib import resources
@@ -53,7 +54,7 @@ from cwdm.segmentation import (
 )
 from cwdm.volume import Volume, brain_mask, read_volumes
 
-__all__ = ["DEFAULT", "KINDS", "PROGRAMS", "Network", "load"]
+__all__ = ["DEFAULT", "KINDS", "PROGRAMS", "Network", "check_script", "load"]
 
 DEFAULT = "default"
 """The segmenter that ships with cwdm."""
@@ -78,6 +79,15 @@ _READING = {"LoadImaged", "EnsureChannelFirstd", "EnsureTyped", "ToTensord", "To
 """Steps of a bundle before anything happens to an image; done by cwdm."""
 _WRITING = {"Activationsd", "Invertd", "AsDiscreted", "Lambdad", "SaveImaged"} | _READING
 """Steps of a bundle from scores to a file; done by cwdm."""
+
+# Of the code in a TorchScript file. A name is written out in it, unless getattr is told it as text:
+# as torch itself writes that, the name is legible, too.
+_FILES = re.compile(rb"\b(?:save|from_file)\b")
+"""What of torch's operations writes or opens files."""
+_FOREIGN = re.compile(rb"(?<![\w.])ops\b(?!\.(?:aten|prim|quantized)\.)[\w.]*")
+"""Operations of others, such as torchvision's, which does so as well."""
+_GETATTR = re.compile(rb'\bgetattr\([\w.]+, "[^"\\]*"\)')
+_UNUSUAL = re.compile(rb"\bgetattr\b")
 
 Model = Callable[[Tensor], Tensor]
 Scores = Callable[[Mapping[Modality, Tensor], Progress | None], Tensor]
@@ -341,9 +351,38 @@ def _torchscript(spec: str, path: Path, device: torch.device) -> Network:
     return Network(spec, sha256, descriptor, _Windows(spec, descriptor, model, device))
 
 
+def check_script(path: Path) -> None:
+    """See that the code in a TorchScript file does nothing but compute, before any of it runs.
+
+    Some of it does when the file is loaded: default arguments and what restores a module's state.
+
+    Raises:
+        InputError: it could write or open files.
+        RuntimeError: not a readable TorchScript file.
+    """
+    reader = torch._C.PyTorchFileReader(str(path))  # not zipfile: as torch reads it to load it
+    found = []
+    for name in reader.get_all_records():
+        if name.lower() == "model.json":  # of torch before 1.1, with the code anywhere
+            found.append(name)
+        elif name.lower().endswith(".py"):
+            code = rest = reader.get_record(name)
+            nested = 1
+            while nested:
+                rest, nested = _GETATTR.subn(b"_", rest)
+            searched = ((_FILES, code), (_FOREIGN, code), (_UNUSUAL, rest))
+            found += [word.decode() for pattern, text in searched for word in pattern.findall(text)]
+    if found:
+        raise InputError(
+            f"{path}: found {found[0]} in its code, expected operations on tensors alone; it is "
+            "not loaded because it could write files"
+        )
+
+
 def _scripted(path: Path, device: torch.device) -> Model:
     """A TorchScript file: tensors and operations of torch, no Python."""
     try:
+        check_script(path)
         model: nn.Module = torch.jit.load(path, map_location=device)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Self
 
 import numpy as np
@@ -22,7 +23,7 @@ from cwdm.conditioning import condition
 from cwdm.config import Sampling
 from cwdm.engine import Engine, Progress
 from cwdm.errors import InputError
-from cwdm.files import check_target, sha256
+from cwdm.files import check_target, move_new, sha256
 from cwdm.flow import Flow
 from cwdm.intensity import Scale
 from cwdm.machine import Precision
@@ -30,12 +31,31 @@ from cwdm.modality import Modality, others, parse_modality
 from cwdm.model import Model, default_model, load_model
 from cwdm.noise import noise_stream
 from cwdm.preparation import prepare
-from cwdm.provenance import Interval, Provenance, Region, Source, sidecar, warnings_for
+from cwdm.provenance import (
+    Interval,
+    Provenance,
+    Region,
+    Source,
+    check_record,
+    sidecar,
+    warnings_for,
+)
 from cwdm.uncertainty import Moments, Uncertainty, largest, normal_quantile
-from cwdm.volume import Volume, acquired, is_synthetic, read_volumes, stored_as, write_volume
+from cwdm.volume import (
+    Volume,
+    acquired,
+    holding,
+    is_ours,
+    is_synthetic,
+    read_volumes,
+    stored_as,
+    write_volume,
+)
 
 __all__ = ["Synthesis", "Synthesizer", "output_paths", "synthesize"]
 
+_MAPS = ("std", "low", "high")
+"""What is written of several samples besides their mean."""
 _COVERAGE = 0.8
 """Of the interval of several samples, where the model has no calibration."""
 _SAMPLING_STEPS = 10
@@ -68,15 +88,44 @@ class Synthesis:
         return image
 
     def write_as(self, image: Path, *, overwrite: bool = False) -> None:
-        """Write the image to a file, and its record beside it; InputError as ``atomic_write``."""
-        write_volume(self.volume.voxels, self.volume, image, self.provenance.description, overwrite)
+        """Write the image to a file, and its maps and its record beside it.
+
+        They are moved into place when all of them are written, the record last: an image never lies
+        beside the record of another.
+
+        Raises:
+            InputError: as ``atomic_write``; or what would be replaced was not written by cwdm.
+        """
+        check_target(image, overwrite)
+        if image.exists() and not is_ours(image):
+            raise InputError(
+                f"{image}: not written by cwdm, an acquired image is never overwritten"
+            )
+        with TemporaryDirectory(dir=image.parent, prefix=".cwdm-") as folder:
+            try:
+                made = self._write_new(Path(folder, image.name))
+            except InputError as error:  # about the file that was wanted
+                raise InputError(str(error).replace(folder, str(image.parent))) from error
+            if overwrite:
+                _remove_companions(image)
+            for path in made:
+                if overwrite:
+                    path.replace(image.with_name(path.name))
+                else:
+                    move_new(path, image.with_name(path.name))
+
+    def _write_new(self, image: Path) -> list[Path]:
+        """The files, the record last."""
+        paths = [image]
+        write_volume(self.volume.voxels, self.volume, image, self.provenance.description)
         if self.uncertainty:
             like = replace(self.volume, header=stored_as(np.float32, self.volume.header))
             for kind, name in _map_names(self.case, self.provenance.target).items():
                 what = self.provenance.description_of(f"{self.provenance.target} {kind}")
-                voxels = self.uncertainty.maps[kind]
-                write_volume(voxels, like, image.with_name(name), what, overwrite)
-        self.provenance.write(sidecar(image), overwrite=overwrite)
+                paths.append(image.with_name(name))
+                write_volume(self.uncertainty.maps[kind], like, paths[-1], what)
+        self.provenance.write(sidecar(image))
+        return [*paths, sidecar(image)]
 
 
 class Synthesizer:
@@ -236,6 +285,8 @@ class Synthesizer:
                     *doubts,
                 )
             warnings += doubts
+        if not compat:
+            volume = holding(volume)
         provenance = Provenance(
             cwdm=__version__,
             torch=torch.__version__,
@@ -272,6 +323,8 @@ class Synthesizer:
         zeros = torch.zeros(1, 1, size, size, size, device=engine.device)
         cond = self._condition(dict.fromkeys(others(self.target), zeros))
         draw = noise_stream((1, config.transform.channels, *cond.shape[2:]), 0, engine.device)
+        if settings.sampler == "heun":  # two estimates a step, but for the last
+            count = 2 * count - 1
         once = replace(settings, steps=1)
         for _ in range(2):  # the first time, libraries choose their kernels
             began = time.perf_counter()
@@ -392,7 +445,17 @@ class Synthesizer:
 
 def _map_names(case: Case, target: Modality) -> dict[str, str]:
     """Files of the maps of several samples, by kind."""
-    return {kind: f"{case.id}-{target}-{kind}.nii.gz" for kind in ("std", "low", "high")}
+    return {kind: f"{case.id}-{target}-{kind}.nii.gz" for kind in _MAPS}
+
+
+def _remove_companions(image: Path) -> None:
+    """The record and the maps of the image that is there, before another takes its place."""
+    check_record(sidecar(image))
+    sidecar(image).unlink(missing_ok=True)
+    for kind in _MAPS:
+        path = image.with_name(f"{image.name.removesuffix('.nii.gz')}-{kind}.nii.gz")
+        if path.exists() and is_ours(path):
+            path.unlink()
 
 
 def _part(progress: Progress, number: int, samples: int) -> Progress:
@@ -423,7 +486,8 @@ def output_paths(
         maps: those of several samples will be written, too.
 
     Raises:
-        InputError: as ``check_target``; or the image would replace an acquired one of the case.
+        InputError: as ``check_target``; or it would replace an acquired image of the case, or a
+            record that is not ours.
     """
     image = Path(folder) / f"{case.id}-{target}.nii.gz"
     record = sidecar(image)
@@ -432,6 +496,7 @@ def output_paths(
             raise InputError(f"{image}: was acquired and is never overwritten")
     check_target(image, overwrite)
     check_target(record, overwrite)
+    check_record(record)
     for name in _map_names(case, target).values() if maps else ():
         check_target(image.with_name(name), overwrite)
     return image, record

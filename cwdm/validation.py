@@ -5,6 +5,7 @@ noise from blur, and whole synthetic images are compared as ``evaluate`` does.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,9 @@ from cwdm.config import Config, Sampling
 from cwdm.dataset import Sample, Source, TrainingCase, TrainingData, inputs
 from cwdm.denoiser import Denoiser
 from cwdm.engine import Engine
+from cwdm.errors import InputError
 from cwdm.evaluate import Prediction, compare, picture
+from cwdm.files import safe_name
 from cwdm.intensity import NORMALIZATIONS, ScalePrior
 from cwdm.losses import band_loss
 from cwdm.machine import Precision
@@ -173,7 +176,10 @@ class Validation:
         own, most = engine.settings(), self.config.training.validation_steps
         if len(self.config.process.timesteps(own.steps, own.spacing)) - 1 <= most:
             return own
-        return engine.settings("ddim", most)
+        for steps in range(most, 1, -1):
+            with suppress(InputError):  # strides do not make any number
+                return engine.settings("ddim", steps)
+        return engine.settings("ddim", 1)
 
     @torch.inference_mode()
     def _errors(self, denoiser: Denoiser, engine: Engine, samples: Sequence[Sample]) -> list[float]:
@@ -232,7 +238,7 @@ class Validation:
         """As ``compare``, of a block of a training case: what an overfit run has to reach."""
         true, predicted = truth[0, 0].numpy(), image[0, 0].numpy()
         brain = true != NORMALIZATIONS[self.config.images.normalization].background
-        aligned = Aligned.of(predicted, true, brain)
+        aligned = Aligned.of(predicted, true, brain, rising=True)
         pair = (aligned.prediction, aligned.truth, aligned.brain)
         figures = {"psnr": psnr(*pair), "ssim": ssim(*pair), "mae": mae(*pair)}
         return {"case": "fitted block", "modality": str(self.config.target), **figures}
@@ -261,7 +267,7 @@ class Validation:
             (score,) = (each for each in brain if each.kind == "model")
             floor = max((each for each in brain if each.kind == "floor"), key=lambda s: s.psnr)
             target = comparison.target
-            file = self.folder / f"step-{step:08d}-{case.id}-{target}.png"
+            file = self.folder / f"step-{step:08d}-{safe_name(case.id)}-{target}.png"
             write_png(picture(comparison), file, overwrite=True)
             yield {
                 "case": case.id,

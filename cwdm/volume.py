@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,14 @@ _MARK = "cwdm "
 """What the `descrip` of every file that we write begins with."""
 _BLOCK = 64
 """Voxels along two axes that are brought into order at a time."""
+_FINEST_MM, _COARSEST_MM = 0.05, 50.0
+"""Of a voxel along an axis: images of brains have 0.1 to 10, in the wrong unit 1000 times that."""
+_UNITS = {1: "meters", 3: "micrometers"}
+"""What the lowest bits of `xyzt_units` may say besides mm; in files that say nothing it is mm."""
+_MOST_LABELS = 8
+"""Different values: an image has more, in 8 bits as well; a segmentation of tumors has 2 to 5."""
+_SAMPLE = 20_000
+"""Voxels that mostly tell whether there are more."""
 _RAS = np.array([[0, 1], [1, 1], [2, 1]])
 
 
@@ -95,16 +103,48 @@ def stored_as(dtype: DTypeLike, header: nib.Nifti1Header) -> nib.Nifti1Header:
     return header
 
 
+def holding(volume: Volume) -> Volume:
+    """The same, to be stored as int16 or float32 if its file's integers are too narrow for it.
+
+    Those of a file that scales them never are.
+    """
+    header, dtype = volume.header, volume.header.get_data_dtype()
+    if np.issubdtype(dtype, np.floating) or header.get_slope_inter() != (1.0, 0.0):
+        return volume
+    low, high = np.rint(volume.voxels.min()), np.rint(volume.voxels.max())
+    for wider in (dtype, np.dtype(np.int16)):
+        if np.iinfo(wider).min <= low and high <= np.iinfo(wider).max:
+            break
+    else:
+        wider = np.dtype(np.float32)
+    return volume if wider == dtype else replace(volume, header=stored_as(wider, header))
+
+
 def read_volume(path: Path) -> Volume:
     """Read a NIfTI-1 or NIfTI-2 file, compressed or not. The whole file is read and verified.
 
     Raises:
         InputError: unreadable, truncated or not NIfTI; not 3D (trailing axes of length 1 are fine);
-            complex or RGB; no usable affine; NaN or infinite voxels; all voxels the same.
+            complex or RGB; no usable affine; voxels measured in something else than mm, or of a
+            size that no brain is imaged in; NaN or infinite voxels; all voxels the same.
     """
     volume = _read(path)
     if (low := volume.voxels.min()) == volume.voxels.max():
         raise InputError(f"{path}: every voxel is {low:g}, expected an image")
+    return volume
+
+
+def read_image(path: Path) -> Volume:
+    """Read what stands for a modality of a case.
+
+    Raises:
+        InputError: as `read_volume`; or a mask or a segmentation, by how few values it has.
+    """
+    volume = read_volume(path)
+    if count := _few_values(volume.voxels):
+        raise InputError(
+            f"{path}: found {count} different values, expected an image (is it a segmentation?)"
+        )
     return volume
 
 
@@ -137,7 +177,7 @@ def read_volumes(case: Case, modalities: Iterable[Modality]) -> dict[Modality, V
     """Read some modalities of a case, which have to lie on one grid.
 
     Raises:
-        InputError: as `read_volume`; a modality that the case lacks; or two grids.
+        InputError: as `read_image`; a modality that the case lacks; or two grids.
     """
     modalities = list(modalities)
     for modality in modalities:
@@ -145,7 +185,7 @@ def read_volumes(case: Case, modalities: Iterable[Modality]) -> dict[Modality, V
             present = ", ".join(case.images) or "none"
             raise InputError(f"case {case.id}: no image of {modality}, found {present}")
     with ThreadPoolExecutor() as threads:
-        read = list(threads.map(read_volume, (case.images[m] for m in modalities)))
+        read = list(threads.map(read_image, (case.images[m] for m in modalities)))
     for volume in read[1:]:
         _check_same_grid(read[0], volume)
     return dict(zip(modalities, read, strict=True))
@@ -270,6 +310,15 @@ def _read(path: Path) -> Volume:
         raise InputError(f"{path}: found {kind} voxels, expected integers or real numbers")
     if not _is_regular(image.affine):
         raise InputError(f"{path}: the affine is singular or not finite, expected a usable one")
+    if unit := _UNITS.get(int(image.header["xyzt_units"]) & 7):
+        raise InputError(f"{path}: found voxels measured in {unit}, expected mm")
+    spacing = np.linalg.norm(image.affine[:3, :3], axis=0)
+    if spacing.min() < _FINEST_MM or spacing.max() > _COARSEST_MM:
+        found = " x ".join(f"{mm:.4g}" for mm in spacing)
+        raise InputError(
+            f"{path}: found voxels of {found} mm, expected {_FINEST_MM:g} to {_COARSEST_MM:g} mm "
+            "along each axis"
+        )
     with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is refused below
         stored = image.get_fdata(dtype=np.float32).reshape(shape[:3])
     orientation = orientations.io_orientation(image.affine)
@@ -280,6 +329,18 @@ def _read(path: Path) -> Volume:
     header = image.header.copy()
     header.set_slope_inter(image.dataobj.slope, image.dataobj.inter)  # loading has moved them there
     return Volume(voxels, affine, header, path)
+
+
+def _few_values(voxels: NDArray[np.float32]) -> int:
+    """How many different values there are if they are few, else 0."""
+    left = voxels.ravel()
+    if len(np.unique(left[:: 1 + left.size // _SAMPLE])) > _MOST_LABELS:
+        return 0
+    for count in range(_MOST_LABELS + 1):  # quicker than sorting all of them
+        if not left.size:
+            return count
+        left = left[left != left[0]]
+    return 0
 
 
 def _in_order(voxels: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -331,7 +392,8 @@ def _kind(data: bytes, path: Path) -> Any:
         return nib.Nifti1Image
     if data[4:8] == b"n+2\0":
         return nib.Nifti2Image
-    raise InputError(f"{path}: not NIfTI data ({len(data)} bytes), expected .nii or .nii.gz")
+    size = path.stat().st_size  # of `data` there may be no more than the header
+    raise InputError(f"{path}: not NIfTI data ({size} bytes), expected .nii or .nii.gz")
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from cwdm.layouts import find
 from cwdm.machine import Precision, choose_bf16, choose_device
 from cwdm.modality import SEQUENCES, Modality
 from cwdm.preparation import Box, majority
+from cwdm.segmentation import Labels, case_labels
 from cwdm.segnet import (
     REGIONS,
     SegNet,
@@ -44,7 +45,7 @@ from cwdm.segnet import (
     segment,
 )
 from cwdm.simulate import SHAPE, simulate
-from cwdm.volume import brain_mask, read_labels, read_volumes
+from cwdm.volume import brain_mask, read_volumes
 
 TUMOR = 0.6
 """Share of the patches that are centered in the tumor; the others anywhere in the brain."""
@@ -104,7 +105,7 @@ class Labeled:
 
     id: str
     images: Mapping[Modality, NDArray[np.float32]]
-    labels: NDArray[np.int32]
+    labels: Labels
     brain: NDArray[np.bool_]
 
 
@@ -123,13 +124,10 @@ def read(folder: Path) -> list[Labeled]:
         if case.segmentation is None or not kept:
             continue
         volumes = read_volumes(case, kept)
-        labels = read_labels(case.segmentation, volumes[kept[0]])
-        if labels.min() < 0 or labels.max() > 4:
-            values = f"labels from {labels.min()} to {labels.max()}"
-            raise InputError(f"{case.segmentation}: found {values}, expected those of BraTS")
+        labels = case_labels(case, volumes[kept[0]])
         brain = majority([brain_mask(volume) for volume in volumes.values()])
         images = {modality: volume.voxels for modality, volume in volumes.items()}
-        read.append(Labeled(case.id, images, np.where(labels == 4, 3, labels), brain))
+        read.append(Labeled(case.id, images, labels, brain))
     if not read:
         raise InputError(f"{folder}: no case has a segmentation, expected <id>-seg.nii.gz")
     return read

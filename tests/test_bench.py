@@ -395,6 +395,7 @@ def test_a_busy_machine_is_named(
         (["--size", "big"], "'big' is not a size"),
         (["--preset", "none"], "none: no such file or preset"),
         (["--case", "nowhere", "loading"], "nowhere"),
+        (["--case", "nowhere", "network"], "nowhere: No such file or directory, expected a readab"),
         (["--against", "none.json"], "none.json: No such file or directory, expected JSON"),
         (["--output", "there.json"], "there.json: already exists"),
         (["--device", "cuda:99"], "device cuda:99: found"),

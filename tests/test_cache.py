@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from cwdm.cache import CachedCase, Dtype, Report, fill, is_cache, open_cache
 from cwdm.case import read_case
@@ -347,6 +347,57 @@ def test_only_what_changed_is_written_again(write_cases: Callable[..., Path]) ->
     damaged = cache / "case0.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     assert statuses(list(fill(find(root), cache, dtype="uint8")))["case0"] == "written"
+
+
+def test_a_case_elsewhere_is_another_case(make_image: MakeImage, tmp_path: Path) -> None:
+    """Two archives with one fixed time, whose files have one name and one size."""
+    for site in ("one", "two"):
+        for index, modality in enumerate(SEQUENCES):
+            voxels = tissue(index + (10 if site == "two" else 0))
+            path = make_image(f"{site}/x/x-{modality}.nii", voxels=voxels)
+            os.utime(path, ns=(0, 0))
+    (tmp_path / "now").symlink_to(tmp_path / "one")
+    cache = tmp_path / "cache"
+    assert statuses(list(fill(find(tmp_path / "now"), cache))) == {"x": "written"}
+    assert statuses(list(fill(find(tmp_path / "one"), cache))) == {"x": "unchanged"}
+    (tmp_path / "now").unlink()
+    (tmp_path / "now").symlink_to(tmp_path / "two")
+    assert statuses(list(fill(find(tmp_path / "now"), cache))) == {"x": "written"}
+    (case,) = open_cache(cache)
+    image = read_volume(tmp_path / "two" / "x" / "x-t1n.nii")
+    np.testing.assert_array_equal(case.read(T1N, whole(case)), image.voxels)
+
+
+def test_a_case_cached_without_its_paths_is_read_and_written_again(
+    write_cases: Callable[..., Path],
+) -> None:
+    root = write_cases(1)
+    cache = root.parent / "cache"
+    list(fill(find(root), cache))
+    path = cache / "case0.safetensors"
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+    record = json.loads(metadata["case"])
+    record["files"] = [[kind, Path(name).name, *rest] for kind, name, *rest in record["files"]]
+    save_file(load_file(path), path, {**metadata, "case": json.dumps(record)})
+    assert [case.id for case in open_cache(cache)] == ["case0"]
+    for status in ("written", "unchanged"):
+        assert statuses(list(fill(find(root), cache))) == {"case0": status}
+
+
+def test_a_folder_that_bears_the_name_of_a_good_case_does_it_no_harm(
+    write_cases: Callable[..., Path], tmp_path: Path
+) -> None:
+    root = write_cases(2)
+    empty = root / "old" / "case1"
+    empty.mkdir(parents=True)
+    for status in ("written", "unchanged"):
+        assert statuses(list(fill(find(root), tmp_path / "cache"))) == {
+            str(empty): "left out",
+            "case0": status,
+            "case1": status,
+        }
+    assert [case.id for case in open_cache(tmp_path / "cache")] == ["case0", "case1"]
 
 
 def test_a_case_that_went_bad_leaves_the_cache_and_a_case_that_is_gone_stays(

@@ -108,6 +108,17 @@ def test_no_line_is_offered_that_would_take_other_cases_along(
     assert "1 fine, 0 flagged, 1 unreadable" in result.stdout
 
 
+def test_a_segmentation_in_place_of_an_image_is_named(
+    write: Write, make_image: Callable[..., Path]
+) -> None:
+    folder = write("a")
+    path = make_image("cohort/a/a-t2f.nii.gz", voxels=(image(0) > 150).astype(np.uint8))
+    result = run("--input", folder)
+    assert result.exit_code == 1
+    expected = f"{path}: found 2 different values, expected an image (is it a segmentation?)"
+    assert expected in result.stdout
+
+
 def test_a_table_is_only_replaced_when_told_to(write: Write, tmp_path: Path) -> None:
     words = ("--input", write("a"), "--output", tmp_path / "table.csv")
     assert run(*words).exit_code == 0

@@ -211,6 +211,8 @@ def refused(folder):
     assert not marker.exists()
     torch.save(good, folder / "whole_t1n.pt")
     whole = (folder / "whole_t1n.pt").read_bytes()
+    torch.jit.save(torch.jit.script(torch.nn.Identity()), folder / "script_t1n.pt")
+    yield folder / "script_t1n.pt", "not a readable checkpoint, expected tensors that torch saved"
     yield file("cut_t1n.pt", whole[: len(whole) // 2]), "not a readable checkpoint"
     yield file("text_t1n.pt", b"these are no weights\n" * 9), "not a readable checkpoint"
     yield file("empty_t1n.pt", b""), "not a readable checkpoint"

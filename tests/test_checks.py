@@ -20,7 +20,7 @@ from cwdm.case import find_cases, read_case
 from cwdm.checks import Finding, examine, findings, read_fit
 from cwdm.modality import SEQUENCES, Modality
 from cwdm.simulate import simulate
-from cwdm.volume import Volume, brain_mask, new_volume, read_volumes
+from cwdm.volume import Volume, brain_mask, new_volume, read_labels, read_volumes
 
 Volumes = dict[Modality, Volume]
 Voxels = NDArray[np.floating]
@@ -303,6 +303,31 @@ def test_images_that_are_all_cut_off_are_alike(case: Volumes) -> None:
     assert kinds({m: replace(v, voxels=cut(v.voxels)) for m, v in case.items()}) == []
 
 
+@pytest.mark.parametrize("modality", SEQUENCES)
+@pytest.mark.parametrize("empty", [slab(2, 0, 27), slab(0, 0, 25)], ids=["nearly", "mostly"])
+def test_an_image_that_lacks_most_of_the_brain_is_named_and_the_others_are_checked(
+    case: Volumes, modality: Modality, empty: Callable[[Voxels], Voxels]
+) -> None:
+    lacking = changed(case, modality, empty)
+    (finding,) = findings(lacking)
+    assert (finding.kind, finding.modalities) == ("field-of-view", (modality,))
+    assert finding.message.startswith(f"x-{modality}.nii.gz: found ")
+    other = next(m for m in case if m != modality)
+    both = findings(changed(lacking, other, spike))
+    assert [(each.kind, each.modalities) for each in both] == [
+        ("field-of-view", (modality,)),
+        ("intensity", (other,)),
+    ]
+    away = moved(case[other], 8, 0)
+    assert kinds({**lacking, other: away}) == ["field-of-view", "registration"]
+
+
+def test_of_two_images_the_nearly_empty_one_is_named(case: Volumes) -> None:
+    pair = {m: case[m] for m in (Modality.T1N, Modality.T2F)}
+    (finding,) = findings(changed(pair, Modality.T2F, slab(2, 0, 27)))
+    assert (finding.kind, finding.modalities) == ("field-of-view", (Modality.T2F,))
+
+
 # --- intensities
 
 
@@ -477,6 +502,20 @@ def real_cases(shared: Path) -> Iterator[Volumes]:
 def test_real_cases_have_no_finding(shared: Path) -> None:
     for volumes in real_cases(shared):
         assert findings(volumes) == []
+
+
+@pytest.mark.slow
+def test_an_expert_s_tumor_in_place_of_an_image_is_found(shared: Path) -> None:
+    case = read_case(shared / "data" / "val" / "Brats18_CBICA_AQN_1")
+    volumes = read_volumes(case, case.images)
+    assert case.segmentation is not None
+    tumor = read_labels(case.segmentation, volumes[Modality.T2F]) > 0  # 26 ml
+    (finding,) = findings(changed(volumes, Modality.T2F, lambda voxels: voxels * tumor))
+    assert (finding.kind, finding.modalities) == ("field-of-view", (Modality.T2F,))
+    swapped = replace(case, images={**case.images, Modality.T2F: case.segmentation})
+    (finding,) = examine(swapped)
+    assert (finding.kind, finding.modalities) == ("file", (Modality.T2F,))
+    assert "found 4 different values, expected an image" in finding.message
 
 
 @pytest.mark.slow

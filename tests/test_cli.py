@@ -234,3 +234,23 @@ def test_wrong_values_of_shared_options_are_refused(words: list[str], fragment: 
     result = CliRunner().invoke(command, words)
     assert result.exit_code == 2
     assert fragment in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "ending"),
+    [
+        (["check", "--input", "."], ".csv"),
+        (["report", "."], ".html"),
+        (["bench", "machine"], ".json"),
+        (["calibrate", "--model", "small-t2f", "--cases", "."], ".safetensors"),
+    ],
+)
+def test_an_image_is_no_place_for_a_table_or_a_page(
+    words: list[str], ending: str, tmp_path: Path
+) -> None:
+    image = tmp_path / "x-t1n.nii.gz"
+    image.write_bytes(b"acquired")
+    result = CliRunner().invoke(cwdm, [*words, "--output", str(image), "--overwrite"])
+    assert result.exit_code == 2
+    assert f"{image}: expected a name that ends in {ending}" in result.stderr
+    assert image.read_bytes() == b"acquired"

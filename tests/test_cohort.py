@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 
 from cwdm import executors
+from cwdm.case import Case
 from cwdm.cohort import Tally, due, run
 from cwdm.errors import InputError
 from cwdm.executors import Local, Ray, Slurm
 from cwdm.layouts import Found, Problem, find
 from cwdm.ledger import Ledger
+from cwdm.modality import Modality
 from tests.copying import Copying
 
 SCRIPT = Path(__file__).with_name("copying.py")
@@ -166,6 +168,30 @@ def test_what_somebody_changed_in_the_output_stays(cohort: Path, output: Path) -
     told = copy(cohort, output)
     assert told["c4"][1].startswith(f"{touched}: found what cwdm cannot make again")
     assert touched.read_text() == "touched"
+
+
+@pytest.mark.parametrize("name", ["c4/c4-t1n.nii.gz", "c4/c4.json"])
+def test_what_lies_beside_a_changed_result_stays_too(
+    cohort: Path, output: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever changed one needs the others; who wrote it first counts less."""
+    monkeypatch.setattr("cwdm.cohort.is_result", lambda path: True)
+    (cohort / "c4/c4.json").write_text("a record")
+    images = {Modality.T1N: cohort / "c4/c4-t1n.nii.gz", Modality.T2W: cohort / "c4/c4.json"}
+    found = Found([Case("c4", images)], [])
+
+    def again(**values: Any) -> Any:
+        job = Copying(f"{output}.log", **values)
+        (row,) = run(job, found, output, Local(1, "cpu")).to_dict("records")
+        return row
+
+    assert again()["state"] == "done"
+    (output / name).write_text("by hand")
+    before = files(output / "c4")
+    told = again(setting=1)
+    assert told["state"] == "failed"
+    assert "cannot make again" in told["message"]
+    assert files(output / "c4") == before
 
 
 def test_moving_the_cohort_changes_nothing(cohort: Path, output: Path, tmp_path: Path) -> None:

@@ -136,6 +136,7 @@ def test_a_mistake_inside_a_table_is_named_as_it_stands_in_the_file(values, mess
             {"images": {"size": [90, 96, 96]}},
             "images.size = (90, 96, 96), expected multiples of 32",
         ),
+        ({"images": {"spacing_mm": 0}}, "images.spacing_mm"),
         (
             {"training": {"patch": [32, 32, 48]}},
             "training.patch = (32, 32, 48), expected multiples",

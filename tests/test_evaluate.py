@@ -33,7 +33,6 @@ from cwdm.evaluate import (
     picture,
     reliability,
     tabulate,
-    with_segmentations,
 )
 from cwdm.files import sha256
 from cwdm.metrics import Aligned, mae, mse, ncc, psnr, ssim
@@ -169,6 +168,7 @@ def test_a_truth_without_contrast_is_named(make_patient: MakePatient) -> None:
     case = make_patient()
     volume = read_volume(case.images[T2F])
     flat = replace(volume, voxels=(volume.voxels > 0).astype(np.float32))
+    flat.voxels[12, 11, 5:14] += np.arange(9)  # an image, no mask; in too few voxels to matter
     case.images[T2F].unlink()
     nib.Nifti1Image(flat.voxels[::-1, ::-1], np.diag([-1.0, -1, 1, 1])).to_filename(
         case.images[T2F]
@@ -227,24 +227,6 @@ def test_labels_that_are_not_those_of_a_tumor_are_refused(
     strange = Case(case.id, case.images, make_image("other/p1-seg.nii.gz", voxels=labels))
     with pytest.raises(InputError, match=r"p1-seg.nii.gz: found labels 7, expected 0, 1, 2"):
         evaluate([strange], {})
-
-
-def test_segmentations_can_come_from_another_folder(
-    make_patient: MakePatient, make_image: MakeImage, tmp_path: Path
-) -> None:
-    cases = [make_patient("p1"), make_patient("p2", 1)]
-    first = make_image("seg/a/p1-seg.nii.gz")
-    with pytest.raises(InputError, match=r"found no p2-seg.nii.gz, expected one for every case"):
-        with_segmentations(cases, tmp_path / "seg")
-    second = make_image("seg/p2-seg.nii")
-    segmented = with_segmentations(cases, tmp_path / "seg")
-    assert [case.segmentation for case in segmented] == [first, second]
-    assert [case.images for case in segmented] == [case.images for case in cases]
-    make_image("seg/b/p1-seg.nii.gz")
-    with pytest.raises(InputError, match="two segmentations of one case"):
-        with_segmentations(cases, tmp_path / "seg")
-    with pytest.raises(InputError, match="not a folder"):
-        with_segmentations(cases, tmp_path / "nowhere")
 
 
 def test_fitted_regressions_stand_beside_the_copies_and_beat_them(
@@ -724,6 +706,55 @@ def test_the_command_uses_the_protocol_and_segmentations_asked_for(
     record = json.loads((tmp_path / "output" / "summary.json").read_text())
     assert record["protocol"]["name"] == protocol
     assert result.stdout.splitlines()[0] in (tmp_path / "output" / "summary.md").read_text()
+
+
+def test_the_command_takes_the_segmentations_of_a_cohort_that_was_completed(
+    judged: list[str], make_image: MakeImage, tmp_path: Path
+) -> None:
+    """`cwdm segment --impute-missing` hands those of the cases on, in a folder below its own."""
+    output = tmp_path / "output"
+    words = [a for a in judged if not a.startswith("--fit")] + [f"--seg={tmp_path / 'seg'}"]
+    (tmp_path / "seg").mkdir()
+    result = CliRunner().invoke(cwdm, words)
+    assert result.exit_code == 2
+    assert "1 of 1 segmentations are missing, such as p1-seg.nii.gz, expected all" in result.stderr
+    own = tmp_path / "truth" / "p1" / "p1-seg.nii.gz"
+    below = tmp_path / "seg" / "completed" / "p1" / own.name
+    below.parent.mkdir(parents=True)
+    below.write_bytes(own.read_bytes())
+    result = CliRunner().invoke(cwdm, words)  # the same labels, from elsewhere
+    assert result.exit_code == 0, result.output
+    labels = np.zeros(SHAPE, dtype=np.uint8)
+    labels[10:14, 9:13, 8:12] = 3
+    made = make_image("seg/p1-seg.nii.gz", voxels=labels)
+    result = CliRunner().invoke(cwdm, [*words, "--overwrite"])
+    assert result.exit_code == 0, result.output
+    table = pd.read_csv(output / "metrics.csv")
+    assert set(table.loc[table["region"] == "ET", "voxels"]) == {64}
+    (images,) = json.loads((output / "summary.json").read_text())["images"]
+    assert images["segmentation"] == str(made)
+
+
+def test_a_modality_that_is_asked_for_twice_is_judged_once(
+    judged: list[str], tmp_path: Path
+) -> None:
+    words = [a for a in judged if not a.startswith("--fit")]
+    result = CliRunner().invoke(cwdm, [*words, "--modality", "t2f", "--modality", "FLAIR"])
+    assert result.exit_code == 0, result.output
+    table = pd.read_csv(tmp_path / "output" / "metrics.csv")
+    assert not table.duplicated(["case", "modality", "method", "region"]).any()
+
+
+def test_weights_that_are_none_leave_nothing_behind(
+    any_model: Path, simulated: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "weights.pth").write_text("none")
+    words = ["evaluate", "--truth", simulated, "--model", any_model, "--modality", "t1n"]
+    words += ["--perceptual", tmp_path / "weights.pth", "--output", tmp_path / "run"]
+    result = CliRunner().invoke(cwdm, [str(word) for word in words])
+    assert result.exit_code == 2
+    assert "not the weights of Med3D's ResNet-50" in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_cases_to_fit_on_the_command_says_what_is_missing(

@@ -365,6 +365,19 @@ def test_images_are_found_by_modality(make_image: MakeImage, tmp_path: Path) -> 
         find_images(tmp_path / "absent")
 
 
+def test_maps_of_several_samples_are_no_images(make_image: MakeImage, tmp_path: Path) -> None:
+    """As `cwdm synthesize --samples 2` writes them; an image may be called high all the same."""
+    for case in ("p1", "p2"):
+        for ending in ("t1n", "t1n-high", "t1n-low", "t1n-std", "seg"):
+            make_image(f"made/{case}-{ending}.nii.gz")
+    for modality in (None, Modality.T1N):
+        found = find_images(tmp_path / "made", modality)
+        assert [path.name for path in found] == ["p1-t1n.nii.gz", "p2-t1n.nii.gz"]
+    for name in ("field-high", "field-low"):
+        make_image(f"named/{name}.nii.gz")
+    assert len(find_images(tmp_path / "named")) == 2
+
+
 def run(*words: object) -> Result:
     return CliRunner().invoke(cwdm, ["fidelity", *map(str, words)])
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -214,6 +215,15 @@ def test_nothing_that_is_there_is_replaced(
         move(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_text() == "old"
     assert (tmp_path / "a").read_text() == "new"
+
+
+def test_packing_twice_makes_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_text("same")
+    for name, now in (("b", 1e9), ("c", 2e9)):
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        gzip_copy(tmp_path / "a", tmp_path / name)
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
+    assert gzip.decompress((tmp_path / "b").read_bytes()) == b"same"
 
 
 def test_a_file_moves_and_is_gone_where_it_was(tmp_path: Path) -> None:

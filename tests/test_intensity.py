@@ -125,6 +125,12 @@ def test_prior_recovers_a_known_ratio_from_any_of_the_others():
         predicted = prior.predict({m: Scale(0.0, 7.0 * ratio[m]) for m in available})
         assert predicted.scale == pytest.approx(3.5)
         assert predicted.offset == pytest.approx(14.0)
+    # what no training case had says nothing
+    fewer = ScalePrior.learn(
+        Modality.T2F, [{m: c[m] for m in c if m != Modality.T1C} for c in cases]
+    )
+    given = {m: Scale(0.0, 7.0 * ratio[m]) for m in others(Modality.T2F)}
+    assert fewer.predict(given) == fewer.predict({m: given[m] for m in fewer.ratios})
     # with nothing to compare it with: the scale most cases have
     alone = prior.predict({})
     assert alone.scale == pytest.approx(0.5 * np.median(gains))

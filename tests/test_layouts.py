@@ -65,6 +65,27 @@ def test_nnunet_numbers_channels_and_its_json_names_them(
     assert found.problems == []
 
 
+@pytest.mark.parametrize(
+    ("labels", "numbers"),
+    [
+        ({"background": 0, "NCR": 1, "ED": 2, "ET": 3}, None),
+        (
+            {"background": 0, "edema": 1, "necrosis": 2, "enhancing tumor": 3},
+            {0: 0, 1: 2, 2: 1, 3: 3},
+        ),
+        ({"0": "background", "1": "edema", "2": "necrosis", "3": "ET"}, {0: 0, 1: 2, 2: 1, 3: 3}),
+        ({"background": 0, "lesion": 1}, {}),
+        (None, None),
+    ],
+)
+def test_nnunet_says_what_its_labels_are(
+    touch: Callable[..., Path], labels: object, numbers: dict[int, int] | None
+) -> None:
+    root = touch("imagesTr/a_0000.nii.gz", "imagesTr/b_0000.nii.gz", "labelsTr/a.nii.gz")
+    found = find(nnunet(root, {**V2, "labels": labels}))
+    assert [case.numbers for case in found.cases] == [numbers, None]  # b has no segmentation
+
+
 def test_other_channels_of_nnunet_are_left_alone(touch: Callable[..., Path]) -> None:
     root = touch("imagesTr/a_0000.nii", "imagesTr/a_0001.nii", "imagesTr/b_0000.nii")
     found = find(nnunet(root, {"channel_names": {"0": "ADC", "1": "CT"}}))

@@ -59,5 +59,9 @@ def test_find_modality_knows_what_it_does_not_know(name: str) -> None:
 
 def test_ct_is_found_in_a_file_name_but_is_no_sequence() -> None:
     assert find_modality("CT") is Modality.CT
-    with pytest.raises(InputError, match="'ct' is not a modality, expected one of t1n"):
+    with pytest.raises(InputError, match="'ct' is not a modality, expected one of t1n") as refusal:
         parse_modality("ct")
+    assert "did you mean" not in str(refusal.value)
+    with pytest.raises(InputError) as refusal:
+        parse_modality("ctt")
+    assert "mean ct?" not in str(refusal.value)

@@ -57,6 +57,8 @@ def foreign_files(folder):
     with zipfile.ZipFile(pickled, "w") as archive:
         archive.writestr("model/data.pkl", pickle.dumps(Bomb()))
     yield "pickle", pickled, "not a readable checkpoint"
+    (folder / "run.safetensors").mkdir()
+    yield "folder", folder / "run.safetensors", "found a folder, expected a model"
     other = folder / "other.safetensors"
     save_file({"a": torch.zeros(2)}, other)
     yield "foreign", other, "not a cwdm model"

@@ -131,6 +131,19 @@ def test_the_error_of_an_affine_copy_is_black_and_of_a_wrong_patch_is_bright(
     assert panels(picture)[0][-1].max() > 150
 
 
+def test_an_inverted_prediction_is_not_turned_round(
+    images: dict[Modality, Voxels], brain: NDArray[np.bool_]
+) -> None:
+    """As by the rule of the tables: what falls where the truth rises counts as constant."""
+    target = Modality.T2F
+    given, truth = {m: images[m] for m in others(target)}, images[target]
+    inverted = np.where(brain, 200 - truth, 0)
+    *_, synthetic, _, error = panels(montage(given, inverted, target, brain=brain, truth=truth))[0]
+    assert error.max() > 150
+    height, width = (side // 2 for side in synthetic.shape[:2])
+    assert np.ptp(synthetic[height - 20 : height + 20, width - 20 : width + 20]) <= 1
+
+
 def test_slices_go_through_the_tumor_and_its_outline_is_white(
     images: dict[Modality, Voxels], brain: NDArray[np.bool_]
 ) -> None:

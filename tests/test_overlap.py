@@ -15,7 +15,10 @@ from scipy import ndimage
 from cwdm.case import read_case
 from cwdm.cli.main import cwdm
 from cwdm.errors import InputError
+from cwdm.imputation import Imputation, impute
+from cwdm.layouts import Layout, find
 from cwdm.lesions import count_lesions
+from cwdm.modality import SEQUENCES, Modality
 from cwdm.overlap import (
     FIGURES,
     FILES,
@@ -27,6 +30,7 @@ from cwdm.overlap import (
     summarize,
     tabulate,
 )
+from cwdm.volume import read_labels, read_volume
 
 MakeImage = Callable[..., Path]
 Labels = NDArray[np.uint8]
@@ -260,3 +264,61 @@ def test_a_segmentation_on_another_grid_is_refused(cases: Path, make_image: Make
     result = run("--truth", cases, "--pred", path.parent, "--output", path.parent / "out")
     assert result.exit_code == 2
     assert "expected one grid" in result.stderr
+
+
+NNUNET = {"background": 0, "edema": 1, "necrosis": 2, "enhancing tumor": 3}
+
+
+def nnunet(root: Path, make_image: MakeImage, labels: object) -> tuple[Labels, Labels]:
+    """A case in nnU-Net's layout; its labels as it numbers them and as BraTS does."""
+    theirs = block(3, 1, side=8)
+    theirs[5:9, 5:9, 5:9], theirs[6:8, 6:8, 6:8] = 2, 3
+    ours = np.array([0, 2, 1, 3], np.uint8)[theirs]
+    image = np.random.default_rng(0).integers(1, 900, SHAPE, np.int16)
+    channels = {str(number): name for number, name in enumerate(SEQUENCES)}
+    for number in range(4):
+        make_image(f"{root.name}/imagesTr/a_000{number}.nii.gz", voxels=image)
+    make_image(f"{root.name}/labelsTr/a.nii.gz", voxels=theirs)
+    description = {"channel_names": channels, "labels": labels, "file_ending": ".nii.gz"}
+    (root / "dataset.json").write_text(json.dumps(description))
+    return theirs, ours
+
+
+def test_labels_of_nnunet_are_compared_by_their_names(
+    make_image: MakeImage, tmp_path: Path
+) -> None:
+    _, ours = nnunet(tmp_path / "set", make_image, NNUNET)
+    make_image("a/a-seg.nii.gz", voxels=ours)
+    words = ("--truth", tmp_path / "set", "--pred", tmp_path / "a", "--output", tmp_path / "out")
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    table = pd.read_csv(tmp_path / "out" / FILES[0])
+    assert set(table["region"]) >= {"WT", "TC", "ET", "NCR", "ED"}
+    assert (table["dice"] == 1).all()
+
+
+@pytest.mark.parametrize("labels", [{"background": 0, "lesion": 1}, {**NNUNET, "edema": 7}])
+def test_labels_that_are_not_those_of_brats_are_refused(
+    make_image: MakeImage, tmp_path: Path, labels: object
+) -> None:
+    nnunet(tmp_path / "set", make_image, labels)
+    make_image("a/a-seg.nii.gz", voxels=block(3))
+    words = ("--truth", tmp_path / "set", "--pred", tmp_path / "a", "--output", tmp_path / "out")
+    result = run(*words)
+    assert result.exit_code == 2
+    assert "labelsTr/a.nii.gz: found labels 0, 1, 2, 3, expected those of BraTS" in result.stderr
+
+
+@pytest.mark.parametrize("layout", ["brats", "nnunet"])
+def test_completed_cases_of_nnunet_have_the_labels_of_brats(
+    make_image: MakeImage, any_model: Path, tmp_path: Path, layout: Layout
+) -> None:
+    _, ours = nnunet(tmp_path / "set", make_image, NNUNET)
+    (tmp_path / "set/imagesTr/a_0003.nii.gz").unlink()
+    job = Imputation(layout=layout, model=any_model, precision="fp32")
+    impute(tmp_path / "set", tmp_path / "out", job=job)
+    (case,) = find(tmp_path / "out").cases
+    assert not case.missing
+    assert case.segmentation is not None
+    like = read_volume(case.images[Modality.T1N])
+    assert np.array_equal(read_labels(case.segmentation, like), ours[::-1, ::-1])  # RAS

@@ -27,6 +27,8 @@ from cwdm.answers import Run, Subject, answers
 from cwdm.case import Case, find_cases
 from cwdm.cli.main import cwdm
 from cwdm.errors import InputError
+from cwdm.imputation import Imputation, impute
+from cwdm.layouts import Layout
 from cwdm.metrics import RANGE_QUANTILES
 from cwdm.modality import Modality
 from cwdm.montage import WINDOW
@@ -495,6 +497,54 @@ def test_completed_cases_have_a_report_that_measures_nothing(
     record.write_text(record.read_text().replace('"calibrated": false', '"calibrated": true'))
     (finding,) = answers(Run.read(root))[1].findings
     assert (finding.answer, finding.figure) == ("", "25 %")
+
+
+@pytest.mark.parametrize("layout", ["bids", "nnunet"])
+def test_a_cohort_that_was_completed_in_another_layout_has_a_report(
+    simulated: Path, any_model: Path, tmp_path: Path, layout: Layout
+) -> None:
+    cohort = tmp_path / "cohort"
+    (case, *_) = find_cases(simulated)
+    shutil.copytree(simulated / case.id, cohort / case.id)
+    output = tmp_path / "out"
+    job = Imputation(layout=layout, replace=(Modality.T2F,), model=any_model, precision="fp32")
+    assert list(impute(cohort, output, job=job)["state"]) == ["done"]
+    result = invoke("report", output)
+    assert result.exit_code == 0, result.output
+    (subject,) = Run.read(output).subjects
+    assert {*subject.case.images} == {Modality.T1N, Modality.T1C, Modality.T2W}
+    assert {*subject.predictions} == {Modality.T2F}
+    assert "Made from t1n, t1c, t2w by tiny" in (output / "report.html").read_text("utf-8")
+
+
+def test_a_ct_of_the_case_is_left_out(
+    run: Path, tmp_path: Path, make_image: Callable[..., Path]
+) -> None:
+    """It took no part, lies on a grid of its own, and is of a head, not a brain."""
+    folder = completed(run, tmp_path / "completed")
+    found = Run.read(folder)
+    (page,) = picture(found, found.subjects[0], volumes=False).pages
+    make_image(f"completed/{folder.name}/{folder.name}-ct.nii.gz")
+    with_ct = Run.read(folder)
+    assert Modality.CT in with_ct.subjects[0].case.images
+    assert picture(with_ct, with_ct.subjects[0], volumes=False).pages == [page]
+    result = invoke("report", folder)
+    assert result.exit_code == 0, result.output
+    for path in folder.glob("*-t[12][ncw].nii.gz"):
+        path.unlink()
+    result = invoke("report", folder, "--overwrite")
+    assert result.exit_code == 2
+    said = f"case {folder.name}: found no acquired image of t1n, t1c, t2w, t2f, expected at least"
+    assert said in result.stderr
+
+
+def test_a_synthetic_ct_has_its_name(run: Path, tmp_path: Path) -> None:
+    folder = completed(run, tmp_path)
+    for path in folder.glob("*-t2f*"):
+        path.rename(path.with_name(path.name.replace("-t2f", "-ct")))
+    result = invoke("report", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "CT (ct)" in (tmp_path / "report.html").read_text("utf-8")
 
 
 @pytest.mark.parametrize("foreign", ["[1, 2]", '"text"', "null", '{"model": "x", "warnings": 3}'])

@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from gzip import decompress
 from pathlib import Path
@@ -28,15 +29,23 @@ from nibabel import orientations
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cwdm import external, segnet
+from cwdm import external, fidelity, segnet
 from cwdm.case import Case, read_case
 from cwdm.cli.main import WRONG_INPUT, explain
 from cwdm.errors import InputError
 from cwdm.handoff import segment
 from cwdm.imputation import Imputation
 from cwdm.modality import SEQUENCES, Modality
-from cwdm.segmentation import Descriptor, Region, brats_labels, dice, from_regions, regions
-from cwdm.segmenters import KINDS, load
+from cwdm.segmentation import (
+    Descriptor,
+    Region,
+    brats_labels,
+    brats_numbers,
+    dice,
+    from_regions,
+    regions,
+)
+from cwdm.segmenters import KINDS, check_script, load
 from cwdm.volume import read_labels, read_volumes
 
 T1N, T1C, T2W, T2F = SEQUENCES
@@ -291,7 +300,7 @@ def test_a_missing_sequence_is_named(script: Callable[..., str], patient: Patien
         ("default:x", "default:x: expected default"),
         ("torchscript:nowhere.pt", "nowhere.pt: cannot be read, No such file"),
         ("msnet:nowhere.npz", "nowhere.npz: no such file"),
-        ("nnunet:nowhere", "nowhere/dataset.json: .*expected a results folder of nnU-Net v2"),
+        ("nnunet:nowhere", "nowhere/dataset.json: No such file or directory, expected a results f"),
         ("monai-bundle:nowhere", "nowhere/configs: no inference.json or inference.yaml or"),
         ("brats:adult-gliom", "no such task, expected one of adult-glioma, .*mean adult-glioma?"),
         ("command:no-such-program {input} {output}", "no-such-program is no program that can be"),
@@ -342,6 +351,110 @@ def test_a_network_without_description_is_refused_with_an_example(
     path.with_suffix(".json").write_text(json.dumps(RULE))
     with pytest.raises(InputError, match=r"net.bin: not a readable (ONNX|TorchScript) file"):
         load(f"{kind}:{path}")
+
+
+class Saving(nn.Module):
+    """Writes a file each time that it is asked."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.path = path
+
+    def forward(self, images: Tensor) -> Tensor:
+        torch.save(images, self.path)
+        return images
+
+
+class Same(nn.Module):
+    """Puts out what is put in."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images
+
+
+class Within(nn.Module):
+    """Hides another module two levels down."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.parts = nn.Sequential(nn.Sequential(module))
+
+    def forward(self, images: Tensor) -> Tensor:
+        output: Tensor = self.parts(images)
+        return output
+
+
+@pytest.mark.parametrize("wrap", [lambda module: module, Within])
+def test_torchscript_that_writes_files_is_refused(
+    tmp_path: Path, wrap: Callable[[nn.Module], nn.Module]
+) -> None:
+    path, written = tmp_path / "net.pt", tmp_path / "written"
+    torch.jit.script(wrap(Saving(str(written)))).save(path)
+    path.with_suffix(".json").write_text(json.dumps({**RULE, "activation": "none"}))
+    message = (
+        f"{path}: found save in its code, expected operations on tensors alone; it is not loaded "
+        "because it could write files"
+    )
+    with pytest.raises(InputError) as refusal:
+        load(f"torchscript:{path}")
+    assert str(refusal.value) == message
+    with pytest.raises(InputError) as refusal:
+        fidelity.Extractor.load(path, device="cpu")
+    assert str(refusal.value) == message
+    assert not written.exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ('ops.aten.save(images, "F")', "save"),
+        ('t = torch\n    t.save(images, "F")', "save"),
+        ('getattr(torch, "sa" "ve")(images, "F")', "getattr"),
+        ('getattr(torch, "s\\141ve")(images, "F")', "getattr"),
+        ('getattr(torch, "save")(images, "F")', "save"),
+        ('g = getattr\n    g(torch, "sa" "ve")(images, "F")', "getattr"),
+        ('images = torch.from_file("F", True, 10)', "from_file"),
+        ('ops.image.write_file("F", images)', "ops.image.write_file"),
+        ('getattr(getattr(ops, "image"), "write_file")("F", images)', "ops"),
+    ],
+)
+def test_no_disguise_lets_torchscript_write_files(tmp_path: Path, line: str, found: str) -> None:
+    path = rewritten(tmp_path, "    return images", f"    {line}\n    return images")
+    with pytest.raises(InputError, match=f"net.pt: found {found} in its code, expected operations"):
+        check_script(path)
+
+
+def test_torchscript_cannot_write_files_as_it_is_loaded(tmp_path: Path) -> None:
+    written = tmp_path / "written"
+    default = f'images: Tensor = torch.from_file("{written}", True, 10)'
+    path = rewritten(tmp_path, "images: Tensor", default)
+    path.with_suffix(".json").write_text(json.dumps(RULE))
+    with pytest.raises(InputError, match="found from_file in its code"):
+        load(f"torchscript:{path}")
+    assert not written.exists()
+    torch.jit.load(path)  # what it is refused for
+    assert written.exists()
+
+
+def rewritten(folder: Path, old: str, new: str) -> Path:
+    """A TorchScript file that puts out what is put in, with another text in its code."""
+    made, path = folder / "made.pt", folder / "net.pt"
+    torch.jit.script(Same()).save(made)
+    with zipfile.ZipFile(made) as source, zipfile.ZipFile(path, "w") as target:
+        for name in source.namelist():
+            data = source.read(name)
+            if name.endswith(".py"):
+                assert old.encode() in data
+                data = data.replace(old.encode(), new.encode())
+            if not name.endswith(".debug_pkl"):
+                target.writestr(name, data)
+    return path
+
+
+@pytest.mark.parametrize("network", [SegResNet(3, 8, 3), nn.Sequential(nn.LSTM(3, 3))])
+def test_torchscript_of_networks_only_computes(tmp_path: Path, network: nn.Module) -> None:
+    torch.jit.script(network).save(tmp_path / "net.pt")
+    check_script(tmp_path / "net.pt")
 
 
 def test_a_description_that_does_not_fit_is_one_line(
@@ -1019,10 +1132,14 @@ def test_nnunet_sees_images_as_brats_stores_them(
             {0: 0, 1: 2, 2: 1, 3: 3},
         ),
         ({"background": 0, "NCR": 1, "ED": 2, "ET": 3}, {0: 0, 1: 1, 2: 2, 3: 3}),
+        (
+            {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour"},
+            {0: 0, 1: 2, 2: 1, 3: 3},
+        ),
     ],
 )
 def test_label_numbers_of_nnunet_follow_from_their_names(labels: Any, numbers: Any) -> None:
-    assert external.brats_numbers(labels, Path("x")) == numbers
+    assert brats_numbers(labels, Path("x")) == numbers
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from cwdm.errors import InputError
 from cwdm.files import sha256
 from cwdm.intensity import ScalePrior
 from cwdm.modality import Modality, others
-from cwdm.model import Model, build_denoiser, save_model
+from cwdm.model import Model, build_denoiser, load_model, save_model
+from cwdm.provenance import Provenance, sidecar
 from cwdm.sampling import SAMPLERS
 from cwdm.synthesis import Synthesizer, output_paths
 from cwdm.unet import UNetConfig
@@ -149,6 +150,79 @@ def test_nothing_that_is_there_is_touched(make_case, model_file, tmp_path):
     assert sha256(folder / "x-t2f.nii.gz") == acquired
     with pytest.raises(InputError, match="never overwritten"):
         output_paths(read_case(folder), TARGET, folder, overwrite=True)
+
+
+def test_what_is_replaced_goes_with_its_record_and_maps(make_case, model_file, tmp_path):
+    folder, out = make_case(), tmp_path / "out"
+    words = ["synthesize", "--input", folder, "--missing", "t2f", "--model", model_file]
+    words += ["--output", out, "--overwrite"]
+    assert run(*words, "--samples", 2).exit_code == 0
+    assert len(list(out.iterdir())) == 5
+    assert run(*words).exit_code == 0
+    assert sorted(path.name for path in out.iterdir()) == ["x-t2f.json", "x-t2f.nii.gz"]
+
+
+def test_an_image_never_lies_beside_the_record_of_another(
+    make_case, model_file, tmp_path, monkeypatch
+):
+    synthesis = cwdm.synthesize(make_case(), "t2f", model=model_file)
+    image = synthesis.write(tmp_path / "out")
+    before = {path.name: sha256(path) for path in image.parent.iterdir()}
+    other = cwdm.synthesize(tmp_path / "case", "t2f", model=model_file, seed=1)
+
+    def full(self, path, *, overwrite=False):
+        raise InputError(f"{path}: cannot be written, No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Provenance, "write", full)
+        with pytest.raises(InputError, match=f"^{sidecar(image)}: cannot be written"):
+            other.write(image.parent, overwrite=True)
+    assert {path.name: sha256(path) for path in image.parent.iterdir()} == before
+
+    replace, moves = Path.replace, []
+
+    def interrupted(self, target):
+        moves.append(target)
+        if len(moves) == 2:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            other.write(image.parent, overwrite=True)
+    assert [path.name for path in image.parent.iterdir()] == [image.name]  # without the old record
+
+
+@pytest.mark.parametrize(("name", "text"), [("x-t2f.json", '{"EchoTime": 1}'), ("x-t2f.png", "?")])
+def test_files_of_others_beside_the_image_are_never_replaced(
+    make_case, model_file, tmp_path, name, text
+):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text(text)
+    words = ["--missing", "t2f", "--model", model_file, "--output", out, "--overwrite", "--preview"]
+    result = run("synthesize", "--input", make_case(), *words)
+    assert result.exit_code == 2
+    assert f"{name}: not written by cwdm, never overwritten" in result.stderr
+    assert [path.name for path in out.iterdir()] == [name]
+    assert (out / name).read_text() == text
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [("uint8", "int16"), ("int16", "int16")])
+def test_a_synthetic_image_is_not_cut_off_by_narrow_integers(
+    make_case, ball, model_file, tmp_path, dtype, kept
+):
+    """An 8-bit file cannot hold what another sequence's scale asks for."""
+    voxels = ball((12, 10, 8)).astype(dtype)
+    folder = make_case(endings=("-t1n", "-t1c", "-t2w"), voxels=voxels)
+    model = load_model(model_file)
+    priors = {TARGET: replace(SAME[TARGET], offset=400.0)}
+    synthesis = Synthesizer(replace(model, priors=priors), TARGET)(read_case(folder))
+    assert synthesis.volume.voxels.max() > 255
+    stored = nib.load(synthesis.write(tmp_path / "out"))
+    assert stored.get_data_dtype() == kept
+    assert abs(stored.get_fdata().max() - synthesis.volume.voxels.max()) <= 0.5
 
 
 def test_several_missing_modalities_are_made_from_what_was_acquired(make_case, tmp_path):

@@ -83,9 +83,10 @@ def test_sources_have_weights(cwdm_train, brains, tmp_path):
         {"name": "data", "cases": 2, "weight": 3.0},
         {"name": "other/c0", "cases": 1, "weight": 0.5},
     ]
-    result = cwdm_train("--data", "data=0", "--output", "other-run")
-    assert result.exit_code == 2
-    assert "expected a weight above 0" in result.stderr
+    for weight in ("0", "inf", "nan"):
+        result = cwdm_train("--data", f"data={weight}", "--output", "other-run")
+        assert result.exit_code == 2
+        assert "expected a weight above 0" in result.stderr
 
 
 def test_validation_says_how_it_is_beside_a_copy(cwdm_train, brains):
@@ -123,6 +124,12 @@ def test_a_dry_run_says_what_it_would_take_and_does_nothing(cwdm_train, tmp_path
     result = cwdm_train("--data", "nowhere", "--output", "run", "--dry-run")
     assert result.exit_code == 2
     assert "nowhere: no such file or folder" in result.stderr
+    result = cwdm_train("--data", "simulated", "--output", "run", "--dry-run")
+    assert result.exit_code == 2
+    assert "simulated: no such file or folder" in result.stderr
+    result = cwdm_train("--data", "simulate", "--init", "none.pt", "--output", "run", "--dry-run")
+    assert result.exit_code == 2
+    assert "none.pt" in result.stderr
 
 
 @pytest.mark.slow

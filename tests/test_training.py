@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,14 +14,16 @@ from cwdm.case import find_cases
 from cwdm.coefficients import Transform
 from cwdm.config import Augmentation, Config, Sampling, Training
 from cwdm.dataset import Source, TrainingData
+from cwdm.diffusion import Diffusion
 from cwdm.errors import InputError
 from cwdm.flow import Flow
 from cwdm.layouts import find
+from cwdm.metrics import RANGE_QUANTILES
 from cwdm.modality import Modality
 from cwdm.model import build_denoiser, load_model
 from cwdm.train import _State, needed, train
 from cwdm.unet import UNetConfig
-from cwdm.validation import BY_HEART_DB, HeldOut
+from cwdm.validation import BY_HEART_DB, HeldOut, Validation
 from cwdm.wavunet import WavUNetConfig
 
 NETWORK = UNetConfig(channels=8, multipliers=(1, 1), res_blocks=1, groups=4)
@@ -352,6 +355,42 @@ def test_held_out_cases_are_scored_and_drawn(make_case, balls, cached, tmp_path)
             load_model(tmp_path / "run" / "best.safetensors").denoiser.backbone.state_dict(),
         )
     assert (tmp_path / "run" / "best.safetensors").exists()
+
+
+def test_strides_that_do_not_make_so_many_steps_are_no_obstacle(make_case, balls, cached, tmp_path):
+    folder = make_case(folder="unseen/u", case_id="u")
+    held_out = HeldOut(find_cases(folder), cached(folder, "unseen-cache"))
+    config = replace(
+        EVERYTHING,
+        process=Diffusion(steps=100),
+        sampling=Sampling(sampler="ddpm", steps=100, spacing="stride"),
+        training=replace(EVERYTHING.training, validate_every=4, validation_steps=40),
+    )
+    with pytest.raises(ValueError, match="stride"):
+        config.process.timesteps(40, "stride")
+    steps = steps_of(config, balls, tmp_path / "run", held_out=held_out)
+    assert [step.step for step in steps if step.validation] == [4]
+
+
+def test_a_picture_stays_in_the_run_whatever_its_case_is_called(make_case, balls, cached, tmp_path):
+    """In a table an id can be anything."""
+    folder = make_case(folder="unseen/u", case_id="u")
+    (case,) = find_cases(folder)
+    held_out = HeldOut([replace(case, id="a/../../../escaped/x")], cached(folder, "unseen-cache"))
+    settings = replace(PLAIN.training, iterations=1)
+    steps_of(replace(PLAIN, training=settings), balls, tmp_path / "run", held_out=held_out)
+    assert not (tmp_path / "escaped").exists()
+    (picture,) = (tmp_path / "run" / "validation").iterdir()
+    assert picture.name == "step-00000001-a%2F..%2F..%2F..%2Fescaped%2Fx-t2f.png"
+
+
+def test_an_inverted_block_has_the_score_of_a_constant_one():
+    truth = torch.from_numpy(np.random.default_rng(0).uniform(1, 2, (1, 1, 12, 12, 12)))
+    score = Validation._patch_score(SimpleNamespace(config=PLAIN), 5 - truth, truth)
+    low, high = np.quantile(truth.numpy(), RANGE_QUANTILES)
+    assert score["psnr"] == pytest.approx(
+        10 * np.log10((high - low) ** 2 / truth.numpy().var()), abs=1e-3
+    )
 
 
 def test_a_run_is_saved_before_it_is_validated(make_case, balls, cached, tmp_path, monkeypatch):

@@ -21,10 +21,13 @@ from cwdm.errors import InputError
 from cwdm.masks import extent
 from cwdm.modality import SEQUENCES, Modality
 from cwdm.volume import (
+    _few_values,
     brain_mask,
     is_synthetic,
     new_volume,
+    read_image,
     read_labels,
+    read_map,
     read_volume,
     read_volumes,
     write_volume,
@@ -273,6 +276,84 @@ def test_voxels_that_are_no_image_are_refused(
     make_image: MakeImage, voxels: Voxels, message: str
 ) -> None:
     assert message in refusal_of(make_image(voxels=voxels))
+
+
+@pytest.mark.parametrize("values", [[0, 1], [0, 255], [0, 1, 2, 4], [0, 0.5, 1], [*range(8)]])
+def test_a_segmentation_is_no_image(make_case: MakeCase, values: list[float]) -> None:
+    voxels = np.zeros((30, 40, 50), np.float32)
+    for number, value in enumerate(values):
+        voxels[number + 3, 4:6, 5] = value
+    folder = make_case(voxels=voxels)
+    path = folder / "x-t2w.nii.gz"
+    message = (
+        f"{path}: found {len(values)} different values, expected an image (is it a segmentation?)"
+    )
+    with pytest.raises(InputError) as refusal:
+        read_image(path)
+    assert str(refusal.value) == message
+    with pytest.raises(InputError, match=r"\(is it a segmentation\?\)"):
+        read_volumes(read_case(folder), SEQUENCES)
+    like = read_volume(path)
+    np.testing.assert_array_equal(read_map(path, like), like.voxels)
+    if 0.5 not in values:
+        np.testing.assert_array_equal(read_labels(path, like), like.voxels)
+    voxels[20, 4, 5] = 9
+    voxels[21, 4, 5] = 10
+    if len(values) == 8:
+        read_volumes(read_case(make_case("other", voxels=voxels)), SEQUENCES)
+
+
+def test_values_are_counted_quickly() -> None:
+    voxels = np.zeros((240, 240, 155), np.float32)
+    voxels[50:190, 30:200, 10:140] = np.arange(130) + 1
+    labels = np.minimum(voxels, 4)
+    for each, count in ((voxels, 0), (labels, 5)):
+        started = time.process_time()
+        assert _few_values(each) == count
+        assert time.process_time() - started < 0.5  # a few hundredths
+
+
+@pytest.mark.parametrize(("unit", "name"), [("meter", "meters"), ("micron", "micrometers")])
+def test_another_unit_than_mm_is_refused(make_image: MakeImage, unit: str, name: str) -> None:
+    path = make_image()
+    image = load(path)
+    image.header.set_xyzt_units(unit, "sec")
+    image.to_filename(path)
+    assert f"found voxels measured in {name}, expected mm" in refusal_of(path)
+
+
+@pytest.mark.parametrize("unit", ["mm", "unknown"])
+def test_files_without_a_unit_are_in_mm(make_image: MakeImage, unit: str) -> None:
+    path = make_image(affine=np.diag([1, 2, 3, 1]))
+    image = load(path)
+    image.header.set_xyzt_units(unit, "sec")
+    image.to_filename(path)
+    np.testing.assert_array_equal(read_volume(path).affine, np.diag([1, 2, 3, 1]))
+
+
+@pytest.mark.parametrize(
+    ("spacing", "found"),
+    [
+        ((1000, 1000, 1000), "1000 x 1000 x 1000"),
+        ((0.001, 0.001, 0.001), "0.001 x 0.001 x 0.001"),
+        ((1, 1, 60), "1 x 1 x 60"),
+        ((0.5, 0.02, 1), "0.5 x 0.02 x 1"),
+    ],
+)
+def test_voxels_that_no_brain_is_imaged_in_are_refused(
+    make_image: MakeImage, spacing: tuple[float, ...], found: str
+) -> None:
+    path = make_image(affine=np.diag([*spacing, 1]))
+    expected = f"found voxels of {found} mm, expected 0.05 to 50 mm along each axis"
+    assert expected in refusal_of(path)
+
+
+def test_the_size_told_of_a_file_that_is_not_nifti_is_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "x.nii"
+    path.write_bytes(bytes(1900))
+    for read in (read_volume, is_synthetic):
+        with pytest.raises(InputError, match=r"x.nii: not NIfTI data \(1900 bytes\), expected"):
+            read(path)
 
 
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
