@@ -51,7 +51,7 @@ _ROBUST = ((-1.0, 1.0), (0.5, 3.0))
 _BOUNDED = ((0.05, 0.95), (0.02, 0.4))
 """The same for a normalization with two ends, as shares of its range: 0.28..0.79 and 0.09..0.21."""
 _FEW, _MODEST = 10, 40
-"""Cases. The models that ship saw 41, the published ones about a thousand."""
+"""Cases. The models that ship saw 21 to 41, the published ones about a thousand."""
 _FEWEST_STEPS = 500
 """The shortest stage behind a model that ships, and that one began with trained weights."""
 _CLEARLY = 4.0

@@ -28,8 +28,16 @@ from cwdm.volume import Volume, brain_mask, read_volumes
 if TYPE_CHECKING:
     from cwdm.synthesis import Synthesis  # loads torch, which no picture needs
 
-__all__ = ["check_picture", "inferno", "montage", "preview", "sheet", "shown_range"]
-__all__ += ["voxel_size_mm", "write_png"]
+__all__ = [
+    "check_picture",
+    "inferno",
+    "montage",
+    "preview",
+    "sheet",
+    "shown_range",
+    "voxel_size_mm",
+    "write_png",
+]
 
 Voxels = NDArray[np.floating]
 Mask = NDArray[np.bool_]
