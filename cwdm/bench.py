@@ -47,7 +47,6 @@ from cwdm.machine import Precision, capacity, choose_bf16, choose_device, cores,
 from cwdm.modality import Modality
 from cwdm.model import Model, build_denoiser
 from cwdm.preparation import prepare
-from cwdm.streamed import StreamedUNet
 from cwdm.synthesis import Synthesis, Synthesizer
 from cwdm.volume import read_volumes
 
@@ -494,11 +493,7 @@ def _network(ground: Ground, way: Way) -> dict[str, Work]:
     def forward() -> Outcome:
         return Outcome(engine.denoiser(*inputs))
 
-    backbone = engine.denoiser.backbone
-    half = engine.bf16
-    if isinstance(backbone, StreamedUNet):
-        half = backbone.arithmetic is torch.bfloat16
-    rate = _arithmetic(half, engine.device)
+    rate = _arithmetic(engine.arithmetic is torch.bfloat16, engine.device)
     return {"network": Work(forward, flops=partial(flops, ground.config, size), rate=rate)}
 
 

@@ -63,8 +63,8 @@ class Engine:
 
     Args:
         model: its network is used up; that of `self.model` is the one that runs.
-        compiled: on a processor, compile what lies between convolutions (see `passes`); by default
-            for chains of `LONG` steps or more.
+        compiled: on a processor that computes in bfloat16, compile what lies between convolutions
+            (see `passes`); by default for chains of `LONG` steps or more.
         reference: compute the network plainly, as published, in float32: to compare with.
         memory_limit: bytes that a chain may take, see `fit`.
     """
@@ -99,6 +99,14 @@ class Engine:
         if self.device.type == "cuda" and isinstance(self.denoiser.backbone, FastUNet):
             self.denoiser.backbone = Replayed(self.denoiser.backbone)
         return self.denoiser
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        """In which convolutions are computed."""
+        network = self.denoiser.backbone
+        if isinstance(network, StreamedUNet):
+            return network.arithmetic
+        return torch.bfloat16 if self.bf16 else torch.float32
 
     def fit(self, size: Sequence[int]) -> None:
         """Keep to the limit of memory with images of so many voxels.
@@ -149,7 +157,7 @@ class Engine:
         if settings.sampler == "one-step":
             times = [times[0], 0]
         wanted = len(times) > LONG if self.compiled is None else self.compiled
-        self.passes.choose(compiled=wanted and self.bf16)
+        self.passes.choose(compiled=wanted and self.arithmetic is torch.bfloat16)
         return times
 
     def settings(

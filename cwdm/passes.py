@@ -7,10 +7,10 @@ All compute in float32, whatever the features are kept in.
 
 On a GPU they are kernels (`kernels`), for whole images: what goes around a block is added together
 with the biases of the convolutions before it (`add`), which need no pass of their own. For windows
-of an image (`streamed`), `fill` and `put` are a pass each: in bfloat16 on a processor
-`torch.compile` can make loops in C++ of them, which takes half a minute once on a machine and three
-seconds in every process afterwards. Chains of many steps earn that back. Everywhere else torch runs
-the passes operation by operation.
+of an image (`streamed`), `fill` and `put` are a pass each: on a processor that multiplies in
+bfloat16 `torch.compile` can make loops in C++ of them, which takes half a minute once on a machine
+and three seconds in every process afterwards. Chains of many steps earn that back. Everywhere else
+torch runs the passes operation by operation.
 """
 
 import math
