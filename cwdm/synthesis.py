@@ -97,10 +97,12 @@ class Synthesis:
             InputError: as ``atomic_write``; or what would be replaced was not written by cwdm.
         """
         check_target(image, overwrite)
-        if image.exists() and not is_ours(image):
-            raise InputError(
-                f"{image}: not written by cwdm, an acquired image is never overwritten"
-            )
+        maps = _map_names(self.case, self.provenance.target).values() if self.uncertainty else ()
+        for path in (image, *map(image.with_name, maps)):
+            if path.exists() and not is_ours(path):
+                raise InputError(
+                    f"{path}: not written by cwdm, an acquired image is never overwritten"
+                )
         with TemporaryDirectory(dir=image.parent, prefix=".cwdm-") as folder:
             try:
                 made = self._write_new(Path(folder, image.name))

@@ -194,6 +194,17 @@ def test_an_image_never_lies_beside_the_record_of_another(
     assert [path.name for path in image.parent.iterdir()] == [image.name]  # without the old record
 
 
+def test_a_map_of_somebody_else_is_never_replaced(make_case, model_file, tmp_path, make_image):
+    foreign = make_image("out/x-t2f-std.nii.gz")
+    digest = sha256(foreign)
+    words = ["--missing", "t2f", "--model", model_file, "--samples", 2, "--overwrite"]
+    result = run("synthesize", "--input", make_case(), "--output", tmp_path / "out", *words)
+    assert result.exit_code == 2
+    assert f"{foreign}: not written by cwdm" in result.stderr
+    assert [path.name for path in foreign.parent.iterdir()] == [foreign.name]
+    assert sha256(foreign) == digest
+
+
 @pytest.mark.parametrize(("name", "text"), [("x-t2f.json", '{"EchoTime": 1}'), ("x-t2f.png", "?")])
 def test_files_of_others_beside_the_image_are_never_replaced(
     make_case, model_file, tmp_path, name, text
