@@ -73,15 +73,15 @@ def check(
     from cwdm.cache import in_processes
     from cwdm.files import check_target
     from cwdm.layouts import find
-    from cwdm.machine import cores
 
     if output:
         check_target(output, overwrite)
     found = find(source)
-    doubts = [Doubt(each.case, "", "case", each.message) for each in found.problems]
+    doubts = [
+        Doubt(name, "", "case", each.message)
+        for each, name in zip(found.problems, found.problem_names, strict=True)
+    ]
     to_blame: dict[str, set[str]] = {}
-    # starting a process takes as long as two cases
-    workers = workers or max(1, min(cores(), len(found.cases) // 4))
     with closing(in_processes(_examine, found.cases, workers)) as work:
         for case, findings in tqdm(
             work, "checking", total=len(found.cases), unit="case", disable=None
@@ -94,7 +94,7 @@ def check(
     click.echo("\n".join(_table(doubts)), nl=bool(doubts))
     for line in _advice(found.cases, to_blame):
         click.echo(line)
-    total = len({each.case for each in found.problems} | {case.id for case in found.cases})
+    total = len({*found.problem_names, *(case.id for case in found.cases)})
     flagged = {each.case for each in doubts}
     unreadable = {each.case for each in doubts if each.kind in UNREADABLE}
     click.echo(

@@ -111,11 +111,8 @@ def pack(
     from tqdm import tqdm
 
     from cwdm.cache import fill
-    from cwdm.machine import cores
 
-    total = len({each.case for each in found.problems}) + len(found.cases) + len(found.series)
-    # starting a process takes as long as two cases
-    workers = workers or max(1, min(cores(), total // 4))
+    total = len({*found.problem_names}) + len(found.cases) + len(found.series)
     work = fill(found, folder, dtype=dtype, accept=frozenset(accept), workers=workers)
     with closing(work):
         return sorted(tqdm(work, "preparing", total=total, unit="case", disable=None))

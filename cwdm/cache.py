@@ -41,6 +41,7 @@ from cwdm.errors import InputError
 from cwdm.files import atomic_write, safe_name
 from cwdm.intensity import NORMALIZATIONS, NormalizationName, Scale
 from cwdm.layouts import Found
+from cwdm.machine import cores
 from cwdm.modality import SEQUENCES, Modality
 from cwdm.preparation import Box, inside, majority
 from cwdm.volume import Volume, is_synthetic, read_labels
@@ -62,6 +63,8 @@ _EXACT = 2048.0
 """Float16 holds every whole number up to here."""
 _STALE_SECONDS = 3600
 """A temporary file that is older belongs to a run that was killed: one is written in seconds."""
+_ENOUGH = 4
+"""Cases that make up for starting a process, which takes as long as two."""
 _AIR = -1000.0
 """In HU: what is around a CT."""
 
@@ -209,7 +212,7 @@ def fill(
     *,
     dtype: Dtype = "float16",
     accept: frozenset[str] = frozenset(),
-    workers: int = 1,
+    workers: int | None = 1,
 ) -> Generator[Report, None, None]:
     """Check cases and write those that pass into a cache; a report of each as it is done.
 
@@ -221,22 +224,19 @@ def fill(
         dtype: float16 keeps 11 bits of every value; uint8 has 256 levels between the lowest value
             and the highest that normalization tells apart, and less space.
         accept: kinds of findings that do not matter.
-        workers: processes to share the work.
+        workers: processes to share the work, as `in_processes`.
 
     Raises:
         InputError: the folder cannot be written, or holds other things than a cache.
     """
     folder = Path(folder)
     _begin(folder, dtype)
-    sources: list[Case | Series] = [*found.cases, *found.series]
-    well = {source.id for source in sources}
     refused: dict[str, list[str]] = {}
-    for problem in found.problems:
-        # a folder without a case may bear the name of one that is well
-        name = problem.message.partition(": ")[0] if problem.case in well else problem.case
+    for problem, name in zip(found.problems, found.problem_names, strict=True):
         refused.setdefault(name, []).append(problem.message)
     for name, messages in refused.items():
         yield _leave_out(name, folder, messages)
+    sources: list[Case | Series] = [*found.cases, *found.series]
     todo = []
     for source in sources:
         if report := _unchanged(source, folder, dtype, accept):
@@ -248,13 +248,17 @@ def fill(
 
 
 def in_processes(
-    work: Callable[[Item], Result], todo: Sequence[Item], workers: int
+    work: Callable[[Item], Result], todo: Sequence[Item], workers: int | None
 ) -> Generator[Result, None, None]:
     """The results of `work`, which can be pickled, on several processes; each as it is there.
+
+    Args:
+        workers: processes; None takes one for each core, if there is enough to do.
 
     Raises:
         InputError: a process was killed.
     """
+    workers = workers or max(1, min(cores(), len(todo) // _ENOUGH))
     if workers == 1 or len(todo) < 2:
         yield from map(work, todo)
         return

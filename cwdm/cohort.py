@@ -221,7 +221,7 @@ def _plan(
     def refuse(name: str, message: str) -> None:
         entries.append(_failed(name, message, entry_of.get(name)))
 
-    for problem, name in zip(found.problems, _problem_names(found), strict=True):
+    for problem, name in zip(found.problems, found.problem_names, strict=True):
         refuse(name, problem.message)
     for case in map(_absolute, found.cases):
         known = entry_of.get(case.id)
@@ -252,17 +252,8 @@ def _failed(case: str, message: str, known: Entry | None) -> Entry:
     return replace(known, state="failed", message=message, notes={}, seconds=0.0)
 
 
-def _problem_names(found: Found) -> list[str]:
-    """What the problems are called in the ledger: not like a case that is well."""
-    well = {case.id for case in found.cases}
-    return [
-        each.message.partition(": ")[0] if each.case in well else each.case
-        for each in found.problems
-    ]
-
-
 def _names(found: Found) -> set[str]:
-    return {case.id for case in found.cases}.union(_problem_names(found))
+    return {case.id for case in found.cases}.union(found.problem_names)
 
 
 def _absolute(case: Case) -> Case:

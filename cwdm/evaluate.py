@@ -36,7 +36,7 @@ from cwdm.protocols import PROTOCOLS, Distances, Protocol
 from cwdm.provenance import read_interval
 from cwdm.segmentation import Labels, case_labels
 from cwdm.summary import BLANK, ERASED, NAMES
-from cwdm.uncertainty import Uncertainty, agreement, in_units_of
+from cwdm.uncertainty import MAPS, Uncertainty, agreement, in_units_of
 from cwdm.volume import Volume, acquired, brain_mask, read_map, read_volumes
 
 if TYPE_CHECKING:
@@ -378,9 +378,7 @@ class Predictions:
         voxels, interval = image.voxels, read_interval(path)
         if interval is None:
             return Prediction(voxels)
-        std, low, high = (
-            read_map(path.with_name(interval.files[kind]), image) for kind in ("std", "low", "high")
-        )
+        std, low, high = (read_map(path.with_name(interval.files[kind]), image) for kind in MAPS)
         uncertainty = Uncertainty.within(voxels, std, low, high, coverage=interval.coverage)
         return Prediction(voxels, uncertainty, interval.calibrated)
 

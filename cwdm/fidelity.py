@@ -34,6 +34,7 @@ from cwdm.modality import Modality, find_modality
 from cwdm.preparation import Frame
 from cwdm.segmenters import check_script
 from cwdm.significance import interval
+from cwdm.uncertainty import MAPS
 from cwdm.volume import brain_mask, is_synthetic, read_volume
 
 __all__ = [
@@ -65,8 +66,6 @@ Vector = NDArray[np.float32]
 ENOUGH = 500
 """Images below which FID is mostly bias."""
 SSIM_WINDOW = 7
-_MAPS = ("std", "low", "high")
-"""How `cwdm synthesize` ends the names of what it writes of several samples beside their mean."""
 FILES = ("fidelity.csv", "fidelity.json")
 PROTOCOL = (
     "Images: brain in the middle of a block of one size for all, cut or padded; in it 0.1 % and "
@@ -110,7 +109,7 @@ def find_images(root: Path, modality: Modality | None = None) -> list[Path]:
         if path.name.startswith(".") or not path.name.endswith((".nii", ".nii.gz")):
             continue
         *_, of, kind = ["", *re.split("[-_]", path.name.partition(".nii")[0])]
-        if kind.lower() != "seg" and not (kind in _MAPS and find_modality(of)):
+        if kind.lower() != "seg" and not (kind in MAPS and find_modality(of)):
             kinds[path] = kind
     there = {found for kind in kinds.values() if (found := find_modality(kind))}
     if modality is None and len(there) > 1:

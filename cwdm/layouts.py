@@ -55,6 +55,15 @@ class Found(NamedTuple):
     series: tuple[Series, ...] = ()
     """DICOM series, each of them a case of CT."""
 
+    @property
+    def problem_names(self) -> list[str]:
+        """What each problem is called: by its place if a case that is well bears its name."""
+        well = {case.id for case in self.cases} | {each.id for each in self.series}
+        return [
+            each.message.partition(": ")[0] if each.case in well else each.case
+            for each in self.problems
+        ]
+
 
 def find(path: Path) -> Found:
     """All cases of a data set, sorted by id.

@@ -40,7 +40,7 @@ from cwdm.provenance import (
     sidecar,
     warnings_for,
 )
-from cwdm.uncertainty import Moments, Uncertainty, largest, normal_quantile
+from cwdm.uncertainty import MAPS, Moments, Uncertainty, largest, normal_quantile
 from cwdm.volume import (
     Volume,
     acquired,
@@ -54,8 +54,6 @@ from cwdm.volume import (
 
 __all__ = ["Synthesis", "Synthesizer", "output_paths", "synthesize"]
 
-_MAPS = ("std", "low", "high")
-"""What is written of several samples besides their mean."""
 _COVERAGE = 0.8
 """Of the interval of several samples, where the model has no calibration."""
 _SAMPLING_STEPS = 10
@@ -97,8 +95,9 @@ class Synthesis:
             InputError: as ``atomic_write``; or what would be replaced was not written by cwdm.
         """
         check_target(image, overwrite)
-        maps = _map_names(self.case, self.provenance.target).values() if self.uncertainty else ()
-        for path in (image, *map(image.with_name, maps)):
+        names = _map_names(self.case, self.provenance.target).values()
+        maps = [image.with_name(name) for name in names]
+        for path in (image, *(maps if self.uncertainty else ())):
             if path.exists() and not is_ours(path):
                 raise InputError(
                     f"{path}: not written by cwdm, an acquired image is never overwritten"
@@ -108,8 +107,12 @@ class Synthesis:
                 made = self._write_new(Path(folder, image.name))
             except InputError as error:  # about the file that was wanted
                 raise InputError(str(error).replace(folder, str(image.parent))) from error
-            if overwrite:
-                _remove_companions(image)
+            if overwrite:  # what belongs to the image that is there goes before it
+                check_record(sidecar(image))
+                sidecar(image).unlink(missing_ok=True)
+                for path in filter(Path.exists, maps):
+                    if is_ours(path):
+                        path.unlink()
             for path in made:
                 if overwrite:
                     path.replace(image.with_name(path.name))
@@ -447,17 +450,7 @@ class Synthesizer:
 
 def _map_names(case: Case, target: Modality) -> dict[str, str]:
     """Files of the maps of several samples, by kind."""
-    return {kind: f"{case.id}-{target}-{kind}.nii.gz" for kind in _MAPS}
-
-
-def _remove_companions(image: Path) -> None:
-    """The record and the maps of the image that is there, before another takes its place."""
-    check_record(sidecar(image))
-    sidecar(image).unlink(missing_ok=True)
-    for kind in _MAPS:
-        path = image.with_name(f"{image.name.removesuffix('.nii.gz')}-{kind}.nii.gz")
-        if path.exists() and is_ours(path):
-            path.unlink()
+    return {kind: f"{case.id}-{target}-{kind}.nii.gz" for kind in MAPS}
 
 
 def _part(progress: Progress, number: int, samples: int) -> Progress:

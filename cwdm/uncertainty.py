@@ -26,6 +26,7 @@ from cwdm.metrics import affine_fit
 
 __all__ = [
     "FLOOR",
+    "MAPS",
     "Calibration",
     "HeldOut",
     "Moments",
@@ -43,6 +44,8 @@ __all__ = [
 Voxels = NDArray[np.floating]
 Mask = NDArray[np.bool_]
 
+MAPS = ("std", "low", "high")
+"""What is written of several samples beside their mean: the ends of the files' names."""
 FLOOR = 0.1
 """Added to s, in shares of the mean image's standard deviation in the brain: keeps scores finite
 where all samples agree."""
@@ -153,7 +156,7 @@ class Uncertainty:
     @property
     def maps(self) -> Mapping[str, NDArray[np.float32]]:
         """The maps by the ending of their file's name."""
-        return {"std": self.std, "low": self.low, "high": self.high}
+        return {kind: getattr(self, kind) for kind in MAPS}
 
     @property
     def alike(self) -> bool:

@@ -47,6 +47,17 @@ def test_good_cases_are_fine(write: Write, tmp_path: Path) -> None:
     assert (result.exit_code, result.stdout) == (0, "1 fine, 0 flagged, 0 unreadable\n")
 
 
+def test_a_folder_that_bears_the_name_of_a_good_case_is_counted_by_itself(
+    write: Write, tmp_path: Path
+) -> None:
+    write("a")
+    empty = tmp_path / "cohort" / "old" / "a"
+    empty.mkdir(parents=True)
+    result = run("--input", tmp_path / "cohort")
+    assert result.stdout.splitlines()[1].startswith(f"{empty} ")
+    assert result.stdout.splitlines()[-1] == "1 fine, 0 flagged, 1 unreadable"
+
+
 def spoil(write: Write, make_image: Callable[..., Path]) -> dict[str, Path]:
     """Five cases, of which one is good."""
     folders = {name: write(name) for name in ("broken", "copied", "good", "grid", "twice")}

@@ -243,6 +243,23 @@ def test_the_published_network_takes_half_of_the_memory() -> None:
     assert half.network < 0.35 * plain.network
 
 
+@pytest.mark.parametrize(("native", "arithmetic"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_bfloat16_is_computed_in_where_the_processor_is_made_for_it(
+    monkeypatch: pytest.MonkeyPatch, native: bool, arithmetic: torch.dtype
+) -> None:
+    about = {"amx_bf16": native, "cpu_name": "Intel Xeon"}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: about, raising=False)
+    wishes: list[bool] = []
+    monkeypatch.setattr(Passes, "choose", lambda self, *, compiled=False: wishes.append(compiled))
+    model = load_model(default_model(Modality.T2F))
+    engine = Engine(model, device="cpu", precision="bf16", compiled=True)
+    assert isinstance(engine.denoiser.backbone, StreamedUNet)
+    assert engine.denoiser.backbone.dtype is torch.bfloat16
+    assert engine.arithmetic is arithmetic
+    engine.prepare(engine.settings())
+    assert wishes[-1] is native  # otherwise there is nothing to gain
+
+
 def test_other_networks_keep_their_way() -> None:
     config = WavUNetConfig(channels=8, multipliers=(1, 1), res_blocks=1, groups=4)
     torch.manual_seed(0)
